@@ -1,0 +1,83 @@
+"""The Mamba-2 branch: FLA's layer, with a forward that runs anywhere."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid.branches import BranchState
+from hybrid.config import KernelsConfig, MambaConfig
+from hybrid.kernels import ssd
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import fla.layers.mamba2 as fla_mamba2
+
+# FLA says at import and construction which of its own kernels are missing; this branch does not use them.
+logging.getLogger(fla_mamba2.__name__).setLevel(logging.ERROR)
+
+
+class Mamba2(fla_mamba2.Mamba2):
+    """Mamba-2: a selective state space model with A, B, C, D and a step size dt, in its SSD form.
+
+    Parameters, shapes and names are FLA's; the forward (arXiv:2405.21060, section 7) is plain PyTorch around one call
+    of ``kernels.ssd``.
+    """
+
+    def __init__(self, d_model: int, cfg: MambaConfig, kernels: KernelsConfig) -> None:
+        super().__init__(
+            hidden_size=d_model,
+            head_dim=cfg.head_dim,
+            state_size=cfg.state_size,
+            expand=cfg.expand,
+            n_groups=cfg.n_groups,
+            conv_kernel=cfg.conv_kernel,
+            backend="triton",  # of FLA's own forward, which is not used here
+        )
+        self.kernel_backend = kernels.ssd
+
+    def initial_state(self, batch: int) -> BranchState:
+        """The last inputs of the convolution [B,kernel-1,conv_dim] and the recurrent state [B,H,P,N], all zero."""
+        zeros = self.out_proj.weight.new_zeros
+        return {
+            "conv": zeros(batch, self.conv_kernel_size - 1, self.conv_dim),
+            "ssm": zeros(batch, self.num_heads, self.head_dim, self.ssm_state_size, dtype=torch.float32),
+        }
+
+    def forward(self, x: Tensor, state: BranchState | None = None) -> tuple[Tensor, BranchState | None]:
+        B, T, _ = x.shape
+        z, xBC, dt = self.in_proj(x).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+
+        # Short causal convolution, one filter a channel, as a sum of shifted products.
+        tail = self.conv_kernel_size - 1
+        past = xBC.new_zeros(B, tail, self.conv_dim) if state is None else state["conv"].to(xBC.dtype)
+        padded = torch.cat((past, xBC), dim=1)
+        weight = self.conv1d.weight.squeeze(1)  # [conv_dim, kernel]
+        convolved = self.conv1d.bias + sum(padded[:, i : i + T] * weight[:, i] for i in range(tail + 1))
+        channels, Bs, Cs = F.silu(convolved).split(
+            [self.intermediate_size, self.n_groups * self.ssm_state_size, self.n_groups * self.ssm_state_size], dim=-1
+        )
+
+        y, ssm = ssd(
+            channels.view(B, T, self.num_heads, self.head_dim),
+            F.softplus(dt.float() + self.dt_bias),
+            -torch.exp(self.A_log.float()),
+            Bs.view(B, T, self.n_groups, self.ssm_state_size),
+            Cs.view(B, T, self.n_groups, self.ssm_state_size),
+            self.D,
+            initial_state=None if state is None else state["ssm"],
+            backend=self.kernel_backend,
+            output_final_state=state is not None,
+        )
+        out = self.out_proj(self._gated_norm(y.reshape(B, T, -1), z))
+        return out, None if state is None else {"conv": padded[:, T:], "ssm": ssm}
+
+    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        """RMSNorm(y * silu(z)), each group of heads on its own."""
+        y = (y * F.silu(z)).float().unflatten(-1, (self.n_groups, -1))
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.norm.eps)
+        return (y.flatten(-2) * self.norm.weight).to(z.dtype)

@@ -1,0 +1,77 @@
+"""The RWKV-6 (Finch, x060) branch: FLA's layer, with a forward that runs anywhere."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid.branches import BranchState
+from hybrid.config import KernelsConfig, RWKVConfig
+from hybrid.kernels import wkv6
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from fla.layers.rwkv6 import RWKV6Attention
+
+
+class RWKV6(RWKV6Attention):
+    """RWKV-6 time mixing: data-dependent token shift, data-dependent decay, matrix-valued state.
+
+    Parameters, shapes and names are FLA's; the forward is the published one (arXiv:2404.05892, section 4) in plain
+    PyTorch around one call of ``kernels.wkv6``. FLA's own warning that its RWKV "is potentially buggy" is answered by
+    a test against an independent statement of the formulas.
+    """
+
+    def __init__(self, d_model: int, cfg: RWKVConfig, kernels: KernelsConfig) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="According to Bo")
+            super().__init__(
+                hidden_size=d_model,
+                num_heads=cfg.num_heads,
+                expand_k=cfg.expand_k,
+                expand_v=cfg.expand_v,
+                proj_low_rank_dim=cfg.shift_low_rank,
+                gate_low_rank_dim=cfg.decay_low_rank,
+            )
+        for parameter in (self.x_bias, self.bonus):  # mixes and bonus are no matrices, whatever their shape
+            parameter._no_weight_decay = True
+        self.backend = kernels.wkv6
+
+    def initial_state(self, batch: int) -> BranchState:
+        """The last input (for the token shift) [B,d] and the recurrent state [B,H,K,V], all zero."""
+        zeros = self.o_proj.weight.new_zeros
+        return {
+            "shift": zeros(batch, self.hidden_size),
+            "wkv": zeros(batch, self.num_heads, self.head_k_dim, self.head_v_dim, dtype=torch.float32),
+        }
+
+    def forward(self, x: Tensor, state: BranchState | None = None) -> tuple[Tensor, BranchState | None]:
+        B, T, D = x.shape
+        previous = x.new_zeros(B, 1, D) if state is None else state["shift"].to(x.dtype).unsqueeze(1)
+        delta = torch.cat((previous, x[:, :-1]), dim=1) - x
+
+        # Token shift with a mix that depends on the data: x_proj is (to rank 5R, tanh, up again), x_bias its offset.
+        to_low, tanh, to_full = self.x_proj
+        low = tanh(to_low.linear(x + delta * to_low.mu)).view(B, T, 5, self.proj_low_rank_dim)
+        mix = torch.einsum("btnr,dnr->nbtd", low, to_full.weight.view(D, 5, -1)) + self.x_bias[:, None, None]
+        xr, xw, xk, xv, xg = (x + delta * m for m in mix.unbind(0))
+
+        r = self.r_proj.linear(xr).view(B, T, self.num_heads, self.head_k_dim)
+        k = self.k_proj.linear(xk).view(B, T, self.num_heads, self.head_k_dim)
+        v = self.v_proj.linear(xv).view(B, T, self.num_heads, self.head_v_dim)
+        g = self.g_proj.linear(xg)
+        w = -torch.exp(self.w_proj.linear(xw).float()).view(B, T, self.num_heads, self.head_k_dim)
+
+        o, wkv = wkv6(
+            r, k, v, w, self.bonus,
+            initial_state=None if state is None else state["wkv"],
+            backend=self.backend,
+            output_final_state=state is not None,
+        )  # fmt: skip
+        norm = self.g_norm
+        o = F.group_norm(o.reshape(B * T, -1).float(), self.num_heads, norm.weight, norm.bias, norm.eps).view(B, T, -1)
+        out = self.o_proj(o.to(g.dtype) * F.silu(g))
+        return out, None if state is None else {"shift": x[:, -1], "wkv": wkv}

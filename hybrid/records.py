@@ -1,0 +1,192 @@
+"""What a run leaves behind: its folder, its identity, its log and its summary. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hybrid.config import Config, identity, to_yaml
+from hybrid.data import Corpus
+
+SCHEMA = "groundthink.run/1"
+PACKAGE = Path(__file__).resolve().parent
+
+
+class RunBusy(RuntimeError):
+    """Another process is working in this run folder; the message is one line."""
+
+
+@functools.cache
+def code_version() -> str:
+    """A hash of the sources of ``hybrid``: two runs of one configuration compare only if it agrees."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def run_id(cfg: Config, corpus: Corpus) -> str:
+    """A hash of everything that can change the result: configuration, text, tokenizer, code."""
+    facts = {
+        "config": identity(cfg),
+        "data": corpus.sha256,
+        "tokenizer": corpus.tokenizer.sha256,
+        "code": code_version(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def variant_name(cfg: Config, overrides: list[str]) -> str:
+    """The arm's name: as configured, else made from the overrides, else the model's and the fusion's names.
+
+    Seeds, paths and display options name no arm. ``fusion=gated fusion.gate_init=0.3`` becomes
+    ``gated-gate_init=0.3``.
+    """
+    if cfg.variant:
+        return safe_name(cfg.variant)
+    words = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key.split(".")[0] in ("seed_init", "seed_data", "out", "display", "variant", "sweep", "hydra"):
+            continue
+        parent, _, leaf = key.rpartition(".")
+        words.append(f"{leaf}={value}" if parent or key in ("seed_init",) else value)
+    return safe_name("-".join(words)) or safe_name(f"{cfg.model.name}-{cfg.fusion.name}")
+
+
+def safe_name(text: str) -> str:
+    """A folder name: letters, digits and ``._=+-`` only, at most 80 characters."""
+    return re.sub(r"[^\w.=+-]+", "_", text).strip("._")[:80]
+
+
+class RunFolder:
+    """``{out}/{sweep}/{variant}-{8 of run_id}``: one folder per run, never used by another configuration."""
+
+    def __init__(self, cfg: Config, identifier: str, variant: str) -> None:
+        self.path = Path(cfg.out) / (cfg.sweep.name or "single") / f"{variant}-{identifier[:8]}"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.log = self.path / "log.txt"
+
+    def create(self, cfg: Config, corpus: Corpus) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "config.yaml", to_yaml(cfg))
+        corpus.tokenizer.save(self.path / "tokenizer.json")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder. Raises ``RunBusy`` if another process does; a killed process holds nothing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunBusy(f"{self.path} is being run by another process") from error
+            yield
+
+    def summary(self) -> dict[str, Any] | None:
+        """The record of an ended run, None while there is none that can be read."""
+        try:
+            found = json.loads((self.path / "summary.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.metrics.open("a") as handle:
+            handle.write(json.dumps(finite(row)) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the logged steps that a resumed run will log again, and a line torn by the interruption."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        write_atomically(self.metrics, "".join(kept))
+
+    def note(self, text: str) -> None:
+        with self.log.open("a") as handle:
+            handle.write(text.rstrip("\n") + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_atomically(self.path / "summary.json", json.dumps(finite({"schema": SCHEMA, **summary}), indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe_run(cfg: Config, corpus: Corpus, identifier: str, variant: str, overrides: list[str]) -> dict[str, Any]:
+    """The part of a summary that is known before the first step."""
+    from hybrid.sizes import count_params, flops_per_token, state_floats_per_layer
+
+    return {
+        "run_id": identifier,
+        "variant": variant,
+        "sweep": cfg.sweep.name,
+        "overrides": overrides,
+        "seed_init": cfg.seed_init,
+        "seed_data": cfg.seed_data,
+        "params": count_params(cfg),
+        "state_floats_per_layer": state_floats_per_layer(cfg),
+        "flops_per_token": flops_per_token(cfg),
+        "data": corpus.describe() | {"seq_len": cfg.data.seq_len},
+    }
+
+
+def environment(device: str, kernels: dict[str, str]) -> dict[str, Any]:
+    """What a run was made with: versions, device, kernel backends, git state, code version."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "flash-linear-attention", "mamba-ssm", "causal-conv1d", "hydra-core", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "versions": versions,
+        "device": device,
+        "kernels": kernels,
+        "platform": platform.platform(),
+        "git_commit": commit,
+        "git_dirty": None if commit is None else bool(_git("status", "--porcelain", "--", ".")),
+        "code_version": code_version(),
+    }
+
+
+@functools.cache
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,150 @@
+"""The one entry point: ``python -m hybrid.train key=value ...``, with ``-m`` for a sweep.
+
+Hydra composes, ``hybrid.config`` checks, and only then is torch imported, so a mistake is answered within a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hybrid.config import CONF_DIR, Config, ConfigError, group_options, resolve, unknown_key
+from hybrid.data import DataError
+from hybrid.records import RunBusy, variant_name
+from hybrid.run import PlannedRun, SweepFailed, check_data, execute, plan
+
+USAGE = """\
+Train one model, or sweep over many.
+
+  python -m hybrid.train                                    one run with the defaults
+  python -m hybrid.train model=tiny fusion=gated fusion.gate_init=0.5 trainer.max_steps=200 schedule.warmup_steps=20
+  python -m hybrid.train -m fusion=gated,gain seed_init=0,1     every combination
+  python -m hybrid.train -m sweep=smoke                         a named comparison (conf/sweep/)
+  python -m hybrid.train --cfg job ...                          print the configuration and stop
+
+A run goes to OUT/SWEEP/VARIANT-ID/, and the same command finds it there: an ended run is not repeated, an interrupted
+one goes on. `python -m analysis.report OUT/SWEEP` turns the records into tables and figures.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = [re.sub(r"^\+sweep=", "sweep=", a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    if any(a in ("--help", "-h") for a in arguments):
+        print(help_text())
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        check_choices(arguments)
+        if any(a in ("-m", "--multirun") for a in arguments):
+            from sweeps.plugin import register  # a plugin of the sweeps room, which single runs do not need
+
+            register()
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+    except (ConfigError, DataError) as error:
+        fail(str(error), 2)
+    except SweepFailed as error:
+        fail(str(error), 1)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error), 2)
+    except KeyboardInterrupt as error:
+        fail(str(error) or "interrupted", 130)
+
+
+def job(composed: DictConfig) -> dict | None:
+    """One run of what Hydra composed. One that cannot start or fails ends the process, in a sweep it raises."""
+    overrides = list(HydraConfig.get().overrides.task)
+    single = HydraConfig.get().mode == RunMode.RUN
+    try:
+        cfg = resolve(composed)
+        run = plan(cfg, check_data(cfg), variant_name(cfg, overrides))
+        if run.ended and cfg.display.progress != "off":
+            print(f"already there: {run.folder.path}")
+        summary = execute(run, overrides)
+    except (ConfigError, DataError, RunBusy) as error:
+        if single:
+            fail(str(error), 2)
+        raise
+    if single:
+        conclude(cfg, run, summary)
+    return summary
+
+
+def conclude(cfg: Config, run: PlannedRun, summary: dict) -> None:
+    if summary["status"] == "failed":
+        fail(f"the run failed: {summary['stop_reason']} (log: {run.folder.log})", 1)
+    if cfg.display.progress != "off":
+        best = summary.get("best_val_loss")
+        loss = f", best validation loss {best:.4f} nats at step {summary['best_step']}" if best is not None else ""
+        print(f"{summary['status']}: {summary['params']['total']:,} parameters{loss}; record in {run.folder.path}")
+
+
+def check_choices(arguments: list[str]) -> None:
+    """Hydra answers a number where a choice is due with a traceback; say it in a line instead."""
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if re.fullmatch(r"[\d.,eE+-]+", value) and re.fullmatch(r"\w+", group) and (CONF_DIR / group).is_dir():
+            raise ConfigError(f"{group}={value}: no such choice (there are {', '.join(group_options(group))})")
+
+
+def explain(error: Exception) -> str:
+    """One line for what Hydra found wrong, with the nearest valid name."""
+    text = " ".join(str(error).split())
+    choice = re.search(r"Could not find '([\w-]+)/([^']*)'", text)
+    if choice:
+        group, option = choice.groups()
+        options = group_options(group)
+        near = difflib.get_close_matches(option, options, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{group}={option}: no such choice{hint} (there are {', '.join(options)})"
+    key = re.search(r"Could not override '([\w./]+)'", text)
+    return unknown_key(key.group(1)) if key else text
+
+
+def help_text() -> str:
+    """Usage, the axes with their choices, and the keys of each axis's default choice, from the YAML files."""
+    defaults = {}
+    for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
+        if not isinstance(entry, str):
+            group, choice = next(iter(entry.items()))
+            if " " not in group:
+                defaults[group] = choice
+    lines = [USAGE, "Axes (AXIS=CHOICE; * is the default):"]
+    for group, choice in defaults.items():
+        lines.append(f"  {group}")
+        for option in group_options(group):
+            comment = next((line for line in read(group, option) if line.startswith("# ") and "@" not in line), "# ")
+            lines.append(f"    {'*' if option == choice else ' '} {option:<24}{comment[2:]}")
+    lines.append("\nKeys (AXIS.KEY=VALUE) of the default choices:")
+    for group, choice in defaults.items():
+        if choice is None or group == "sweep":
+            continue
+        lines.append(f"  {group}={choice}")
+        body = read(group, "_base") if (CONF_DIR / group / "_base.yaml").exists() else read(group, choice)
+        lines += [f"    {line}" for line in body if line and not line.startswith(("#", "name:", "defaults:"))]
+    top = [
+        line for line in (CONF_DIR / "config.yaml").read_text().splitlines() if re.match(r"(seed|variant|out)", line)
+    ]
+    return "\n".join([*lines, "  (top level)", *(f"    {line}" for line in top)])
+
+
+def read(group: str, option: str) -> list[str]:
+    return (CONF_DIR / group / f"{option}.yaml").read_text().splitlines()
+
+
+def fail(message: str, status: int) -> None:
+    print(f"error: {message}" if status != 130 else message, file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

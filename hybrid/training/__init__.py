@@ -1,0 +1,1 @@
+"""Training one model: loop, optimiser groups, schedule, evaluation, checkpoints."""

@@ -1,0 +1,91 @@
+"""Parameter groups by part of the model, weight decay on matrices only, and gradient norms by part."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from hybrid.config import OptimConfig
+from hybrid.model import component
+
+GROUPS = ("rwkv", "mamba", "fusion", "other")
+
+
+def group_of(parameter_name: str) -> str:
+    """The learning-rate group of a parameter: rwkv, mamba, fusion or other."""
+    part = component(parameter_name)
+    return part if part in GROUPS else "other"
+
+
+def decays(parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, except where the layer says no.
+
+    Mamba-2 flags dt_bias, A_log and D with ``_no_weight_decay``, RWKV-6 its mixes and bonus; vectors, gains and the
+    filters of the short convolution are no matrices.
+    """
+    return parameter.ndim == 2 and not getattr(parameter, "_no_weight_decay", False)
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW with a group for every (part, decay); each group knows its ``name`` and ``peak_lr``."""
+    multiplier = {"rwkv": cfg.rwkv_lr_mult, "mamba": cfg.mamba_lr_mult, "fusion": cfg.fusion_lr_mult, "other": 1.0}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        key = (group_of(name), decays(parameter))
+        if key not in groups:
+            peak = cfg.lr * multiplier[key[0]]
+            decay = cfg.weight_decay if key[1] else 0.0
+            groups[key] = {"params": [], "name": key[0], "lr": peak, "peak_lr": peak, "weight_decay": decay}
+        groups[key]["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), betas=tuple(cfg.betas), eps=cfg.eps, fused=fused)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+class GradientNorms:
+    """Norms of all gradients in one pass; clips with their total and reports them by part."""
+
+    def __init__(self, model: nn.Module) -> None:
+        named = list(model.named_parameters())
+        self.parameters = [parameter for _, parameter in named]
+        members: dict[str, list[int]] = {group: [] for group in GROUPS}
+        for index, (name, _) in enumerate(named):
+            members[group_of(name)].append(index)
+        self.members = {group: torch.tensor(indices) for group, indices in members.items() if indices}
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their total norm is at most ``max_norm`` (0: leave them).
+
+        Returns the norms before scaling, one per parameter, on the device.
+        """
+        for parameter in self.parameters:
+            if parameter.grad is None:  # e.g. the first blocks of an unused branch
+                parameter.grad = torch.zeros_like(parameter)
+        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in self.parameters]))
+        if max_norm > 0:
+            total = norms.norm()
+            nn.utils.clip_grads_with_norm_(self.parameters, max_norm, total)
+        return norms
+
+    def by_part(self, norms: Tensor) -> dict[str, float]:
+        """What the log shows of the norms: the total, each part's, and the RWKV/Mamba ratio in both definitions.
+
+        ``grad_ratio`` is the specification's (gate G4): mean norm of a part's tensors, RWKV over Mamba.
+        ``grad_ratio_total`` divides the parts' total norms instead. Both are absent unless the model has both parts.
+        """
+        norms = norms.detach().double().cpu()
+        row = {"grad_norm": norms.norm().item()}
+        for group, indices in self.members.items():
+            row[f"grad_norm_{group}"] = norms[indices].norm().item()
+        if "rwkv" in self.members and "mamba" in self.members:
+            mean = {group: norms[self.members[group]].mean().item() for group in ("rwkv", "mamba")}
+            row["grad_ratio"] = mean["rwkv"] / (mean["mamba"] + 1e-9)
+            row["grad_ratio_total"] = row["grad_norm_rwkv"] / (row["grad_norm_mamba"] + 1e-9)
+        return {key: value if math.isfinite(value) else math.nan for key, value in row.items()}

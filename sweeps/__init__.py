@@ -1,0 +1,1 @@
+"""Sweeps: what is compared, and how its runs are planned, started, skipped and counted."""

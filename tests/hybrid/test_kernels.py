@@ -1,0 +1,161 @@
+"""Both recurrences against a float64 step-by-step reference: outputs, final states, every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hybrid import kernels
+from tests.hybrid.recurrences import ssd_reference, wkv6_reference
+
+# Largest relative error ||a - b|| / ||b||. CPU: float32 arithmetic. CUDA: Triton multiplies float32 in TF32 (about
+# three digits) and bfloat16 with eight bits of mantissa.
+TOLERANCE = {("cpu", "float32"): 1e-5, ("cuda", "float32"): 3e-3, ("cuda", "bfloat16"): 2e-2}
+EXTREME = 1e-4  # float32 on CPU where decays reach e^-20 a step
+
+# name: B, T, H, K, V, decay range (log decay per step), initial state
+WKV6 = {
+    "one step": (2, 1, 2, 16, 32, (-1.0, -0.01), True),
+    "short": (2, 5, 2, 16, 32, (-1.0, -0.01), False),
+    "odd length": (2, 77, 4, 16, 32, (-1.0, -0.01), True),
+    "square head": (1, 128, 2, 64, 64, (-2.0, -0.001), False),
+    "no decay": (2, 70, 2, 16, 16, (0.0, 0.0), True),
+    "slow": (1, 300, 2, 16, 32, (-0.01, -1e-5), True),
+    "extreme": (2, 130, 2, 16, 32, (-20.0, 0.0), True),
+    "all e^-20": (1, 96, 2, 16, 16, (-20.0, -20.0), True),
+}
+# name: B, T, H, P, G, N, dt range, A range, D, initial state
+SSD = {
+    "one step": (2, 1, 2, 16, 1, 32, (0.001, 0.1), (1, 16), True, True),
+    "short": (2, 5, 4, 16, 1, 32, (0.001, 0.1), (1, 16), True, False),
+    "odd length": (2, 77, 4, 64, 1, 128, (0.001, 0.1), (1, 16), True, True),
+    "groups": (2, 100, 4, 32, 2, 16, (0.001, 0.1), (1, 16), True, True),
+    "no skip": (1, 64, 2, 64, 1, 64, (0.001, 0.1), (1, 16), False, False),
+    "no decay": (2, 150, 2, 16, 1, 16, (0.001, 0.1), (1e-9, 1e-9), True, True),
+    "extreme": (2, 130, 2, 16, 1, 32, (1e-4, 1.25), (0.01, 16), True, True),
+    "all e^-20": (1, 96, 2, 16, 1, 16, (1.25, 1.25), (16, 16), True, True),
+}
+DEVICES = [
+    pytest.param("cpu", "float32", id="cpu"),
+    pytest.param("cuda", "float32", id="cuda-fp32", marks=pytest.mark.gpu),
+    pytest.param("cuda", "bfloat16", id="cuda-bf16", marks=pytest.mark.gpu),
+]
+
+
+def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator)
+
+
+def wkv6_inputs(case: tuple, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    B, T, H, K, V, (low, high), with_state = case
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
+    inputs = {
+        "r": normal(B, T, H, K) * K**-0.5,
+        "k": normal(B, T, H, K),
+        "v": normal(B, T, H, V),
+        "w": uniform((B, T, H, K), low, high, generator),
+        "u": normal(H, K),
+    }
+    if with_state:
+        inputs["initial_state"] = normal(B, H, K, V)
+    return inputs
+
+
+def ssd_inputs(case: tuple, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    batch, T, H, P, G, N, dt_range, A_range, with_D, with_state = case
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
+    inputs = {
+        "x": normal(batch, T, H, P),
+        "dt": uniform((batch, T, H), *dt_range, generator),
+        "A": -uniform((H,), *A_range, generator),
+        "B": normal(batch, T, G, N),
+        "C": normal(batch, T, G, N) * N**-0.5,
+    }
+    if with_D:
+        inputs["D"] = normal(H)
+    if with_state:
+        inputs["initial_state"] = normal(batch, H, P, N)
+    return inputs
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    actual = actual.detach().cpu().double()
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def compare(function, reference, inputs: dict[str, torch.Tensor], device: str, dtype: str, low: set[str]) -> dict:
+    """Relative errors of outputs, state and gradients; ``low`` names the inputs held in ``dtype``."""
+    cast = {}
+    for name, x in inputs.items():
+        # Round first, so that both sides compute from the same numbers.
+        precision = getattr(torch, dtype) if name in low else torch.float32
+        cast[name] = x.to(precision).to(device).requires_grad_()
+    exact = {name: x.detach().cpu().double().requires_grad_() for name, x in cast.items()}
+    out, state = function(**cast)
+    out_ref, state_ref = reference(**exact)
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(x.shape, dtype=torch.float64, generator=generator) for x in (out_ref, state_ref)]
+    sum((x.float() * w.to(device)).sum() for x, w in zip((out, state), weights, strict=True)).backward()
+    sum((x * w).sum() for x, w in zip((out_ref, state_ref), weights, strict=True)).backward()
+    errors = {"output": relative_error(out, out_ref), "state": relative_error(state, state_ref)}
+    assert state.dtype == torch.float32
+    for name in inputs:
+        errors[f"d{name}"] = relative_error(cast[name].grad, exact[name].grad)
+    return errors
+
+
+@pytest.mark.parametrize("case", WKV6)
+@pytest.mark.parametrize("device, dtype", DEVICES)
+def test_wkv6(case: str, device: str, dtype: str) -> None:
+    inputs = wkv6_inputs(WKV6[case], torch.Generator().manual_seed(0))
+    errors = compare(kernels.wkv6, wkv6_reference, inputs, device, dtype, low={"r", "k", "v"})
+    report("wkv6", case, device, dtype, errors, extreme="20" in case or case == "extreme")
+
+
+@pytest.mark.parametrize("case", SSD)
+@pytest.mark.parametrize("device, dtype", DEVICES)
+def test_ssd(case: str, device: str, dtype: str) -> None:
+    inputs = ssd_inputs(SSD[case], torch.Generator().manual_seed(0))
+    errors = compare(kernels.ssd, ssd_reference, inputs, device, dtype, low={"x", "B", "C"})
+    report("ssd", case, device, dtype, errors, extreme="20" in case or case == "extreme")
+
+
+def report(op: str, case: str, device: str, dtype: str, errors: dict[str, float], extreme: bool) -> None:
+    tolerance = EXTREME if extreme and device == "cpu" else TOLERANCE[device, dtype]
+    print(f"{op} [{case}] {device} {dtype}: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+    too_large = {name: error for name, error in errors.items() if not error <= tolerance}
+    assert not too_large, f"relative errors above {tolerance}: {too_large}"
+
+
+@pytest.mark.parametrize("op", ["wkv6", "ssd"])
+def test_pieces_equal_whole(op: str) -> None:
+    """Carrying the state over pieces of uneven length gives what one call gives."""
+    generator = torch.Generator().manual_seed(1)
+    if op == "wkv6":
+        inputs, along, function = wkv6_inputs((2, 90, 2, 8, 16, (-3.0, -0.01), False), generator), "rkvw", kernels.wkv6
+    else:
+        case = (2, 90, 4, 8, 2, 16, (0.001, 0.5), (1, 16), True, False)
+        inputs, along, function = ssd_inputs(case, generator), ["x", "dt", "B", "C"], kernels.ssd
+    inputs = {name: x.float() for name, x in inputs.items()}
+    whole, final = function(**inputs)
+    pieces, state, start = [], None, 0
+    for length in (1, 40, 7, 1, 41):
+        part = {name: x[:, start : start + length] if name in along else x for name, x in inputs.items()}
+        out, state = function(**part, initial_state=state)
+        pieces.append(out)
+        start += length
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_shapes_and_backends_are_named() -> None:
+    r = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"u \[2, 9\]"):
+        kernels.wkv6(r, r, r, r, torch.zeros(2, 9))
+    x, B = torch.zeros(1, 4, 3, 8), torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="G dividing H"):
+        kernels.ssd(x, torch.ones(1, 4, 3), -torch.ones(3), B, B)
+    with pytest.raises(kernels.BackendError, match="need a CUDA device"):
+        kernels.wkv6(r, r, r, r, torch.zeros(2, 8), backend="fla")
+    with pytest.raises(kernels.BackendError, match="torch and mamba_ssm"):
+        kernels.ssd(x, torch.ones(1, 4, 3), -torch.ones(3), x, x, backend="fla")
