@@ -19,6 +19,7 @@ from typing import Any
 
 from hybrid.config import Config, identity, to_yaml
 from hybrid.data import Corpus
+from hybrid.pattern import parse_pattern
 
 SCHEMA = "groundthink.run/1"
 PACKAGE = Path(__file__).resolve().parent
@@ -49,21 +50,22 @@ def run_id(cfg: Config, corpus: Corpus) -> str:
 
 
 def variant_name(cfg: Config, overrides: list[str]) -> str:
-    """The arm's name: as configured, else made from the overrides, else the model's and the fusion's names.
+    """The arm's name: as configured, else model and fusion with the options that were overridden.
 
-    Seeds, paths and display options name no arm. ``fusion=gated fusion.gate_init=0.3`` becomes
-    ``gated-gate_init=0.3``.
+    Data, trainer, seeds and paths name no arm: ``fusion=gated fusion.gate_init=0.5 optim.lr=1e-3`` becomes
+    ``hybrid_5m-gated-gate_init=0.5-lr=1e-3``.
     """
     if cfg.variant:
         return safe_name(cfg.variant)
-    words = []
+    words = [cfg.model.name, cfg.fusion.name] if "P" in parse_pattern(cfg.model.pattern) else [cfg.model.name]
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key.split(".")[0] in ("seed_init", "seed_data", "out", "display", "variant", "sweep", "hydra"):
-            continue
         parent, _, leaf = key.rpartition(".")
-        words.append(f"{leaf}={value}" if parent or key in ("seed_init",) else value)
-    return safe_name("-".join(words)) or safe_name(f"{cfg.model.name}-{cfg.fusion.name}")
+        if parent.split(".")[0] in ("model", "fusion", "optim", "schedule"):
+            words.append(f"{leaf}={value}")
+        elif key == "init":
+            words.append(value)
+    return safe_name("-".join(words))
 
 
 def safe_name(text: str) -> str:

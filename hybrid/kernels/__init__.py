@@ -22,6 +22,7 @@ from hybrid.kernels.wkv6 import wkv6_torch
 
 TRITON_BACKEND = {"wkv6": "fla", "ssd": "mamba_ssm"}
 _PACKAGE = {"fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
+_INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _PACKAGE}
 
 
 class BackendError(RuntimeError):
@@ -36,7 +37,7 @@ def resolve_backend(op: str, backend: str, device_type: str) -> str:
     triton = TRITON_BACKEND[op]
     if backend == "torch":
         return backend
-    installed = importlib.util.find_spec(triton) is not None
+    installed = _INSTALLED[triton]
     if backend == "auto":
         return triton if device_type == "cuda" and installed else "torch"
     if backend != triton:
