@@ -1,0 +1,232 @@
+"""Learning curves: training and validation loss against step, and the difference from the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from analysis.compare import Comparison
+from analysis.style import FAINT, INK, ArmStyle, label_ends, shorten
+
+MOST_ARMS = 100  # by their mean; further ones are not drawn
+MOST_THIN_LINES = 100  # more single runs than this are not drawn one by one
+MOST_BANDS = 7  # of more arms than this, the bands would hide each other
+MOST_POINTS = 400  # of one curve; a figure shows no more
+_LOG_FROM = 1000  # last step over first step from which the steps are on a log axis
+_SETTLED = 0.1  # the panels of losses leave out what is higher than all is after this share of the steps
+
+
+@dataclass(frozen=True)
+class LostRun:
+    """A run that does not count, whose curve is shown all the same."""
+
+    arm: str
+    kind: str
+    steps: pd.DataFrame
+
+
+def drawn_arms(comparison: Comparison) -> list[str]:
+    """The arms of the figure, best mean first: the best ``MOST_ARMS`` and the baseline."""
+    return [arm for i, arm in enumerate(comparison.arms) if i < MOST_ARMS or arm == comparison.baseline.arm]
+
+
+def learning_curves(
+    comparison: Comparison, steps: pd.DataFrame, lost: list[LostRun], styles: dict[str, ArmStyle]
+) -> Figure:
+    """Draw the figure. ``steps`` is frames.steps_frame with ``run`` being the index of ``comparison.runs``."""
+    arms = drawn_arms(comparison)
+    train = _tables(comparison, steps, "train", "loss")
+    val = _tables(comparison, steps, "eval", "val_loss")
+    differences = _differences(comparison, val)
+    panels = 3 if differences else 2
+    labels = sum(styles[arm].named for arm in arms)
+    figure = Figure(figsize=(4.3 * panels, max(4.2, 0.19 * labels + 0.8)))
+    axes = figure.subplots(1, panels, gridspec_kw={"wspace": 0.22})
+    figure.subplots_adjust(left=0.05, right=0.86, top=0.92, bottom=0.12)
+
+    window = max(1, max((len(table) for table in train.values()), default=0) // 50)
+    first = min((table.index[table.index > 0].min() for table in train.values() if len(table)), default=1)
+    last = max((table.index.max() for table in [*train.values(), *val.values()] if len(table)), default=1)
+    log = last / first >= _LOG_FROM
+    smoothed = {arm: table.rolling(window, min_periods=1, center=True).mean() for arm, table in train.items()}
+
+    _draw(axes[0], comparison, smoothed, styles, log)
+    _draw(axes[1], comparison, val, styles, log, seeds=True)
+    average = f", mean of {window} logged steps" if window > 1 else ""
+    axes[0].set_title(f"Training loss{average}")
+    axes[1].set_title("Validation loss")
+    axes[0].set_ylabel("nats per token")
+    _limit_losses(axes[0], smoothed, last)
+    _limit_losses(axes[1], val, last)
+    for run in lost:
+        _draw_lost(axes[0], run, styles, "train", "loss", window)
+        _draw_lost(axes[1], run, styles, "eval", "val_loss", 1)
+    if differences:
+        _draw_differences(axes[2], comparison, differences, styles, log)
+    for ax in axes:
+        _step_axis(ax, log, last)
+
+    drawn, shown = (
+        (axes[2], differences) if differences else (axes[1], val if any(map(len, val.values())) else smoothed)
+    )
+    ends = [(_last(shown[arm]), arm, styles[arm]) for arm in arms if styles[arm].named and arm in shown]
+    if len(ends) > 1:
+        label_ends(drawn, [end for end in ends if end[0] == end[0]])
+    _remark(figure, comparison, lost, styles, set(differences))
+    return figure
+
+
+def _tables(comparison: Comparison, steps: pd.DataFrame, kind: str, column: str) -> dict[str, pd.DataFrame]:
+    """Per arm: steps by runs."""
+    rows = steps.loc[(steps["kind"] == kind) & steps[column].notna(), ["run", "step", column]]
+    by_run = rows.pivot(index="step", columns="run", values=column)
+    runs = comparison.runs
+    return {
+        arm: by_run.reindex(columns=runs.index[runs["arm"] == arm]).dropna(how="all") for arm in drawn_arms(comparison)
+    }
+
+
+def _differences(comparison: Comparison, val: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Per arm: validation loss minus that of the baseline in the same block, steps by shared blocks."""
+    blocks = comparison.runs[["seed_init", "seed_data"]].apply(tuple, axis=1)
+    tables = {arm: table.rename(columns=blocks) for arm, table in val.items()}
+    base, found = tables[comparison.baseline.arm], {}
+    for arm, table in tables.items():
+        if arm == comparison.baseline.arm or not comparison.difference(arm)["comparable"]:
+            continue
+        shared = [block for block in table.columns if block in set(base.columns)]
+        difference = (table[shared] - base[shared]).dropna()
+        if shared and len(difference) > 1:
+            found[arm] = difference
+    if found:
+        found[comparison.baseline.arm] = pd.DataFrame({"baseline": 0.0}, index=base.dropna(how="all").index)
+    return found
+
+
+def _draw(
+    ax: Axes,
+    comparison: Comparison,
+    tables: dict[str, pd.DataFrame],
+    styles: dict[str, ArmStyle],
+    log: bool,
+    seeds: bool = False,
+) -> None:
+    """Means over seeds, as far as all of an arm's runs go; single runs thin behind them."""
+    single = seeds and 1 < sum(table.shape[1] for table in tables.values()) <= MOST_THIN_LINES
+    for order, arm in enumerate(reversed(tables)):
+        table, style = _thin_out(tables[arm], log), styles[arm]
+        if single and table.shape[1] > 1 and style.named:
+            ax.plot(table.index, table, color=style.colour, lw=0.6, alpha=0.35, zorder=2)
+        _line(ax, table.mean(axis=1, skipna=False).dropna(), style, 3 + 0.01 * order)
+
+
+def _line(ax: Axes, mean: pd.Series, style: ArmStyle, zorder: float, mark_end: bool = False) -> None:
+    points = {"marker": style.marker, "ms": 4} if 0 < len(mean) <= 12 and style.named else {}
+    ax.plot(mean.index, mean, color=style.colour, lw=style.width, ls=style.line, zorder=zorder, **points)
+    if len(mean) and mark_end and style.named:
+        ax.plot(mean.index[-1:], mean.iloc[-1:], color=style.colour, marker=style.marker, ms=4.5, zorder=zorder)
+
+
+def _thin_out(table: pd.DataFrame, log: bool) -> pd.DataFrame:
+    if len(table) <= MOST_POINTS:
+        return table
+    spaced = np.geomspace(1, len(table), MOST_POINTS) if log else np.linspace(1, len(table), MOST_POINTS)
+    return table.iloc[np.unique(spaced.astype(int)) - 1]
+
+
+def _limit_losses(ax: Axes, tables: dict[str, pd.DataFrame], last: float) -> None:
+    """Leave the first steep fall out of the panel: it would press everything else into a line."""
+    means = [table.mean(axis=1) for table in tables.values() if len(table)]
+    if not means:
+        ax.text(0.5, 0.5, "nothing logged", transform=ax.transAxes, ha="center", color=FAINT)
+        return
+    low = min(mean.min() for mean in means)
+    settled = [mean[mean.index >= _SETTLED * last] for mean in means]
+    high = max(mean.max() if len(mean) else low for mean in settled)
+    room = max(high - low, 1e-3)
+    ax.set_ylim(low - 0.05 * room, high + 0.08 * room)
+
+
+def _draw_lost(ax: Axes, run: LostRun, styles: dict[str, ArmStyle], kind: str, column: str, window: int) -> None:
+    """A dotted line as far as the run came, a cross at its end if it broke down."""
+    rows = run.steps[(run.steps["kind"] == kind) & run.steps[column].notna()]
+    if rows.empty:
+        return
+    losses = rows.set_index("step")[column].sort_index().rolling(window, min_periods=1).mean()
+    colour = styles[run.arm].colour if run.arm in styles else FAINT
+    ax.plot(losses.index, losses, color=colour, lw=1.0, ls=(0, (1, 1.5)), zorder=2.5)
+    if run.kind in ("diverged", "failed"):
+        low, high = ax.get_ylim()
+        y = min(max(losses.iloc[-1], low), high)
+        ax.plot(losses.index[-1:], [y], color=colour, marker="x", ms=7, mew=1.8, zorder=4, clip_on=False)
+
+
+def _draw_differences(
+    ax: Axes, comparison: Comparison, differences: dict[str, pd.DataFrame], styles: dict[str, ArmStyle], log: bool
+) -> None:
+    baseline = comparison.baseline.arm
+    bands = len(differences) <= MOST_BANDS
+    means = []
+    for order, arm in enumerate(reversed([arm for arm in drawn_arms(comparison) if arm in differences])):
+        table = _thin_out(differences[arm], log)
+        mean, style = table.mean(axis=1), styles[arm]
+        means.append(mean)
+        if bands and table.shape[1] > 1:
+            ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=style.colour, alpha=0.13, lw=0)
+        _line(ax, mean, style, 3 + 0.01 * order, mark_end=True)
+    late = [mean[mean.index >= 0.25 * mean.index.max()] for mean in means]
+    low, high = min(mean.min() for mean in late), max(mean.max() for mean in late)
+    room = max(high - low, 1e-4)
+    ax.set_ylim(low - 0.12 * room, high + 0.12 * room)
+    ax.set_title(f"Validation loss minus that of {shorten(baseline, 24)}")
+    ax.axhline(0.0, color=INK, lw=0.8, zorder=1)
+
+
+def _step_axis(ax: Axes, log: bool, last: float) -> None:
+    ax.set_xlabel("step")
+    if log:
+        ax.set_xscale("log")
+        ax.minorticks_off()
+        ax.set_xlim(left=last / 100, right=last * 1.06)
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        ax.set_xlim(left=0, right=last * 1.015)
+    ax.xaxis.set_major_formatter(FuncFormatter(_step_words))
+
+
+def _step_words(step: float, _: object = None) -> str:
+    return f"{step / 1000:g}K" if step >= 10_000 else f"{step:,.0f}"
+
+
+def _last(table: pd.DataFrame) -> float:
+    mean = table.mean(axis=1, skipna=False).dropna()
+    return float(mean.iloc[-1]) if len(mean) else float("nan")
+
+
+def _remark(
+    figure: Figure, comparison: Comparison, lost: list[LostRun], styles: dict[str, ArmStyle], compared: set[str]
+) -> None:
+    remarks = []
+    if comparison.runs["arm"].duplicated().any():
+        bands = ", bands the range of the seeds" if 0 < len(compared) <= MOST_BANDS else ""
+        remarks.append(f"lines are means over seeds, thin lines single runs{bands}")
+    if compared:
+        remarks.append("differences are paired by seed")
+    arms = drawn_arms(comparison)
+    grey = sum(not styles[arm].named for arm in arms)
+    if grey:
+        remarks.append(f"grey: {grey} other arms")
+    if len(arms) < len(comparison.arms):
+        remarks.append(f"{len(comparison.arms) - len(arms)} arms with higher means are not drawn")
+    unpaired = [arm for arm in arms if arm not in compared]
+    if compared and unpaired:
+        remarks.append(f"not in the right panel: {', '.join(unpaired[:4])}{' and others' if len(unpaired) > 4 else ''}")
+    if lost:
+        remarks.append("dotted: runs that do not count (a cross where one diverged or failed)")
+    if remarks:
+        figure.text(0.05, -0.005, "; ".join(remarks).capitalize() + ".", color=FAINT, fontsize=8.5, va="top")

@@ -1,0 +1,136 @@
+"""What was matched between the arms of a comparison, and what was not.
+
+A comparison of two arms says something about what their names say only if everything else is the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.records import Records, Seeds
+
+PARAMS_TOLERANCE = 0.01  # parameters off by more than this share of the baseline's are flagged
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A reason to doubt a comparison. ``blocking``: losses cannot be compared at all."""
+
+    arm: str
+    kind: str  # data, tokenizer, tokens, params, code, device, seeds, stopped, lost
+    text: str
+    blocking: bool = False
+
+
+@dataclass(frozen=True)
+class Match:
+    """One thing that should be the same for all arms: its name, whether it is, and what it is."""
+
+    what: str
+    same: bool
+    text: str
+
+
+# column, kind, what to call it, whether losses are incomparable when it differs
+_SAME = (
+    ("data_sha256", "data", "data", True),
+    ("tokenizer_sha256", "tokenizer", "tokenizer", True),
+    ("tokens", "tokens", "training tokens", False),
+    ("code_version", "code", "code version", False),
+    ("device", "device", "device", False),
+    ("kernel_wkv6", "device", "wkv6 kernel", False),
+    ("kernel_ssd", "device", "ssd kernel", False),
+)
+
+
+def find_flags(records: Records, runs: pd.DataFrame, arms: Iterable[str], baseline: str) -> list[Flag]:
+    """Every reason to doubt a comparison with ``baseline``, in the order of ``arms``."""
+    by_arm = dict(list(runs.groupby("arm")))
+    return [flag for arm in arms for flag in _flags_of(arm, by_arm[arm], baseline, by_arm[baseline], records)]
+
+
+def _flags_of(arm: str, own: pd.DataFrame, baseline: str, base: pd.DataFrame, records: Records) -> Iterable[Flag]:
+    for column, kind, name, blocking in _SAME:
+        values, expected = _values(own, column), _values(base, column)
+        if len(values) > 1:
+            yield Flag(arm, kind, f"its own runs differ in {name}: {_listed(values)}", blocking)
+        elif values != expected and len(expected) == 1:
+            yield Flag(arm, kind, f"{name} {_listed(values)} instead of {_listed(expected)}", blocking)
+
+    params, base_params = own["params_total"].mean(), base["params_total"].mean()
+    if own["params_total"].nunique() > 1:
+        yield Flag(arm, "params", f"its own runs differ in parameters: {_listed(_values(own, 'params_total'))}")
+    if abs(params / base_params - 1) > PARAMS_TOLERANCE:
+        yield Flag(arm, "params", f"parameters {params / base_params - 1:+.1%}")
+
+    missing = _seeds(base) - _seeds(own)
+    if missing:
+        yield Flag(arm, "seeds", f"no usable run with {seed_words(missing)}")
+    stopped = own.loc[own["status"] == "stopped", "stop_reason"].fillna("no reason recorded")
+    for reason, count in stopped.value_counts().items():
+        yield Flag(arm, "stopped", f"{count} of {len(own)} stopped early ({reason})")
+    lost = Counter(item.kind for item in records.left_out if item.arm == arm and item.kind != "duplicate")
+    for kind, count in lost.items():
+        yield Flag(arm, "lost", f"{count} {kind} run{'s' if count > 1 else ''}")
+
+
+def matches(runs: pd.DataFrame, baseline: str) -> list[Match]:
+    """What was matched over all arms, for the top of the report."""
+    found = []
+    for column, what in (("data_sha256", "Data"), ("tokenizer_sha256", "Tokenizer")):
+        name = "data" if column == "data_sha256" else "tokenizer"
+        values = _values(runs, column)
+        names = ", ".join(str(value) for value in dict.fromkeys(runs[name].dropna()))
+        found.append(Match(what, len(values) == 1, f"{names} (sha256 {_listed(values)})"))
+    for column, what in (("tokens", "Tokens per run"), ("steps", "Steps")):
+        values = _values(runs, column)
+        found.append(Match(what, len(values) == 1, _listed(values)))
+
+    by_arm = runs.groupby("arm")["params_total"].mean()
+    low, high = by_arm.min(), by_arm.max()
+    largest = (by_arm / by_arm[baseline] - 1).abs().max()
+    text = f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}, at most {largest:.2%} from the baseline"
+    found.append(Match("Parameters", bool(largest <= PARAMS_TOLERANCE), "not recorded" if low != low else text))
+
+    seeds = {arm: _seeds(group) for arm, group in runs.groupby("arm")}
+    shared = set.intersection(*seeds.values())
+    same = all(own == shared for own in seeds.values())
+    text = seed_words(shared).partition(" ")[2] if shared else "none shared by all arms"
+    found.append(Match("Seeds", same, text if same or not shared else f"{text} in all arms; some have others too"))
+    for columns, what in ((["code_version"], "Code version"), (["device", "kernel_wkv6", "kernel_ssd"], "Device")):
+        values = [_values(runs, column) for column in columns]
+        text = ", ".join(_listed(value) for value in values)
+        if what == "Device" and len(values[0]) == 1:
+            text = f"{_listed(values[0])}; kernels wkv6 {_listed(values[1])}, ssd {_listed(values[2])}"
+        found.append(Match(what, all(len(value) == 1 for value in values), text))
+    return found
+
+
+def seed_words(seeds: Iterable[Seeds]) -> str:
+    """``seeds 0, 1`` where both seeds of each pair are the same, else ``seeds 0/1, 0/2`` (init/data)."""
+    seeds = sorted(seeds)
+    words = [str(init) if init == data else f"{init}/{data}" for init, data in seeds]
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(words)}" + (" (init/data)" if "/" in "".join(words) else "")
+
+
+def _seeds(runs: pd.DataFrame) -> set[Seeds]:
+    return {(int(init), int(data)) for init, data in zip(runs["seed_init"], runs["seed_data"], strict=True)}
+
+
+def _values(runs: pd.DataFrame, column: str) -> list[object]:
+    """The distinct values of a column, None for those not recorded."""
+    return sorted({None if pd.isna(value) else value for value in runs[column]}, key=lambda v: (v is None, v or 0))
+
+
+def _listed(values: list[object]) -> str:
+    def word(value: object) -> str:
+        if value is None:
+            return "not recorded"
+        return f"{value:,.0f}" if isinstance(value, float) else str(value)[:12]
+
+    words = [word(value) for value in values]
+    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")

@@ -1,0 +1,180 @@
+"""The tables: raw numbers for CSV files, and the same in words for Markdown, HTML and the terminal."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.compare import Comparison
+from analysis.frames import PARTS
+from analysis.records import LeftOut, Records
+from analysis.verdict import p_words, signed
+
+# Over seeds, these get a mean and a standard deviation each.
+AVERAGED = (
+    "final_train_loss",
+    "final_val_loss",
+    "best_val_loss",
+    "val_bits_per_byte",
+    "grad_ratio",
+    "peak_memory_bytes",
+    "tokens_per_second",
+    "wall_seconds",
+)
+LOST = ("diverged", "failed", "unfinished", "missing")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell in words, and the number that it is sorted by."""
+
+    text: str
+    sort: float | str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    header: list[str]
+    rows: list[list[Cell]]
+
+
+def comparison_frame(comparison: Comparison, records: Records) -> pd.DataFrame:
+    """One row per arm, best mean first, raw numbers; ``_sd`` columns are over seeds (n - 1), empty for one seed.
+
+    Arms of which no run is usable stand at the end, without numbers.
+    """
+    lost = {arm: Counter() for arm in comparison.arms}
+    for item in records.left_out:
+        if item.arm and item.kind not in ("duplicate", "foreign"):
+            lost.setdefault(item.arm, Counter())[item.kind] += 1
+    groups = comparison.runs.groupby("arm")
+    frame = pd.DataFrame({"seeds": groups.size(), "params_total": groups["params_total"].mean()})
+    frame["steps_min"], frame["steps_max"] = groups["steps"].min(), groups["steps"].max()
+    frame["tokens_mean"] = groups["tokens"].mean()
+    for name in AVERAGED:
+        frame[f"{name}_mean"], frame[f"{name}_sd"] = groups[name].mean(), groups[name].std(ddof=1)
+    for name in (*(f"params_{part}" for part in PARTS[1:]), "state_floats", "flops_per_token"):
+        frame[name] = groups[name].mean()
+    frame = frame.reindex(list(lost))
+    frame["seeds"] = frame["seeds"].fillna(0).astype(int)
+    for kind in LOST:
+        frame[f"runs_{kind}"] = [count[kind] for count in lost.values()]
+    frame.insert(0, "is_baseline", frame.index == comparison.baseline.arm)
+    return frame.rename_axis("arm").reset_index()
+
+
+def left_out_frame(left_out: list[LeftOut]) -> pd.DataFrame:
+    """One row per run that does not count."""
+    columns = ["folder", "arm", "seed_init", "seed_data", "kind", "reason", "last_step", "run_id"]
+    frame = pd.DataFrame([[getattr(item, column) for column in columns] for item in left_out], columns=columns)
+    return frame.astype({column: "Int64" for column in ("seed_init", "seed_data", "last_step")})
+
+
+def comparison_table(frame: pd.DataFrame) -> Table:
+    """The specification's result table: means over seeds, +- their standard deviation where there are two seeds."""
+    header = ["Model", "Params", "Seeds", "Steps", "Final Train Loss", "Final Val Loss", "Best Val Loss", "Bits/byte"]
+    header += ["RWKV/Mamba Ratio", "Memory", "Tok/s"]
+    rows = []
+    for place, row in enumerate(frame.to_dict("records")):
+        lost = [f"{row[f'runs_{kind}']} {kind}" for kind in LOST]
+        lost = [words for words in lost if not words.startswith("0 ")]
+        steps = f"{row['steps_min']:,.0f}" if row["steps_min"] == row["steps_min"] else DASH
+        if row["steps_max"] > row["steps_min"]:
+            steps += f"\N{EN DASH}{row['steps_max']:,.0f}"
+        memory = (row["peak_memory_bytes_mean"] / MIB, row["peak_memory_bytes_sd"] / MIB)
+        speed, ratio = row["tokens_per_second_mean"], row["grad_ratio_mean"]
+        rows.append(
+            [
+                Cell(row["arm"] + (" (baseline)" if row["is_baseline"] and len(frame) > 1 else ""), place),
+                _plain(row["params_total"], 0),
+                Cell(str(row["seeds"]) + (f" ({', '.join(lost)})" if lost else ""), row["seeds"]),
+                Cell(steps, _sortable(row["steps_max"])),
+                *(_spread(row, name, 4) for name in ("final_train_loss", "final_val_loss", "best_val_loss")),
+                _spread(row, "val_bits_per_byte", 3),
+                Cell(DASH if ratio != ratio else f"{ratio:.{2 if ratio >= 0.1 else 4}f}", _sortable(ratio)),
+                Cell(DASH if memory[0] != memory[0] else f"{memory[0]:,.0f} MiB", _sortable(memory[0])),
+                _plain(speed, 0),
+            ]
+        )
+    return Table(header, rows)
+
+
+def difference_table(comparison: Comparison) -> Table:
+    """The paired differences of the report's metric, in words."""
+    header = ["Model", "Pairs", "Difference", "95% interval", "p (Holm)", "Below baseline in"]
+    rows = []
+    frame = comparison.differences[comparison.differences["metric"] == comparison.metric]
+    for place, row in enumerate(frame.to_dict("records")):
+        tested, some = row["low"] == row["low"], row["pairs"] > 0
+        interval = f"{signed(row['low'])} to {signed(row['high'])}" if tested else DASH
+        p = row["p_holm"]
+        rows.append(
+            [
+                Cell(row["arm"], place),
+                Cell(str(row["pairs"]), row["pairs"]),
+                Cell(signed(row["difference"]) if some else DASH, _sortable(row["difference"])),
+                Cell(interval, _sortable(row["half_width"])),
+                Cell(p_words(p).removeprefix("p = ").removeprefix("p ") if p == p else DASH, _sortable(p)),
+                Cell(f"{row['better_in']} of {row['pairs']}" if some else DASH, row["better_in"]),
+            ]
+        )
+    return Table(header, rows)
+
+
+DASH = "\N{EM DASH}"
+
+
+def _plain(value: float, digits: int) -> Cell:
+    return Cell(DASH if value != value else f"{value:,.{digits}f}", _sortable(value))
+
+
+def _spread(row: dict[str, float], name: str, digits: int) -> Cell:
+    mean, sd = row[f"{name}_mean"], row[f"{name}_sd"]
+    if mean != mean:
+        return Cell(DASH)
+    text = f"{mean:.{digits}f}" + (f" \N{PLUS-MINUS SIGN} {sd:.{digits}f}" if sd == sd else "")
+    return Cell(text, mean)
+
+
+def _sortable(value: float) -> float | None:
+    return None if value != value else float(value)
+
+
+def markdown(table: Table) -> str:
+    """A GitHub-flavoured Markdown table; the first column is text, the others are numbers."""
+    lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)]]
+    lines += [[escape_markdown(cell.text) for cell in row] for row in table.rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Text that a Markdown table cell shows as it is."""
+    for character in "\\`*_<>[]|":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file so that a reader sees the old or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def write_tables(folder: Path, frame: pd.DataFrame, comparison: Comparison, records: Records) -> list[Path]:
+    """Write comparison.csv and .md (of ``frame``), differences.csv, left_out.csv and runs.csv; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "comparison.csv": frame.to_csv(index=False),
+        "comparison.md": markdown(comparison_table(frame)),
+        "differences.csv": comparison.differences.to_csv(index=False),
+        "left_out.csv": left_out_frame(records.left_out).to_csv(index=False),
+        "runs.csv": comparison.runs.to_csv(index=False),
+    }
+    return [write_text(folder / name, text) for name, text in contents.items()]

@@ -1,0 +1,272 @@
+"""From records to differences, flags and words."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.arms import Baseline, UnknownArm, choose_baseline
+from analysis.compare import compare, difference_frame
+from analysis.flags import matches, seed_words
+from analysis.frames import runs_frame
+from analysis.records import read_records
+from analysis.tables import comparison_frame, comparison_table, markdown
+from analysis.verdict import verdict
+
+ARM = (1.50, 1.52, 1.48)  # with BASE: the example computed by hand in test_report_statistics
+BASE = (1.60, 1.58, 1.60)
+
+
+def compared(directory, baseline=None, metric="best_val_loss"):
+    records = read_records(directory, metric)
+    return compare(records, runs_frame(records.runs), choose_baseline(records, baseline, metric), metric), records
+
+
+def losses(make_run, directory, arm, values, **changes):
+    for seed, value in enumerate(values):
+        make_run(directory, arm, seed, final=value, **changes)
+
+
+def said(comparison, arm):
+    return next(sentence for sentence in verdict(comparison).sentences if sentence.arm == arm)
+
+
+def test_differences_are_paired_by_seed(tmp_path, make_run):
+    losses(make_run, tmp_path, "gated", ARM)
+    losses(make_run, tmp_path, "gain", BASE)
+    make_run(tmp_path, "gain", 7, final=99.0)  # no partner: in the mean of gain, in no difference
+    comparison, records = compared(tmp_path, "gain")
+    row = comparison.difference("gated")
+    assert (row["pairs"], row["better_in"]) == (3, 3)
+    assert row["difference"] == pytest.approx(-0.28 / 3)
+    assert row["p"] == row["p_holm"] == pytest.approx(1 - math.sqrt(28 / 30))
+    assert row["shown"] and comparison.arms == ["gated", "gain"]
+
+    frame = comparison_frame(comparison, records).set_index("arm")
+    assert frame.loc["gain", "best_val_loss_mean"] == pytest.approx((sum(BASE) + 99) / 4)
+    assert frame.loc["gated", "best_val_loss_sd"] == pytest.approx(0.02)
+    assert frame.loc["gated", "seeds"] == 3
+
+
+def test_seeds_are_pairs_of_init_and_data(tmp_path, make_run):
+    make_run(tmp_path, "a", 0, seed_data=5, final=1.0)
+    make_run(tmp_path, "b", 0, seed_data=6, final=2.0)
+    comparison, _ = compared(tmp_path, "a")
+    assert comparison.difference("b")["pairs"] == 0
+    assert "shares no seed" in said(comparison, "b").text
+
+
+def test_words_need_evidence(tmp_path, make_run):
+    losses(make_run, tmp_path, "base", (1.50, 1.60, 1.55))
+    losses(make_run, tmp_path, "better", (1.30, 1.41, 1.36))
+    losses(make_run, tmp_path, "worse", (1.80, 1.91, 1.86))
+    losses(make_run, tmp_path, "noise", (1.40, 1.70, 1.50))
+    comparison, _ = compared(tmp_path, "base")
+    kinds = {sentence.arm: sentence.kind for sentence in verdict(comparison).sentences}
+    assert kinds == {"better": "better", "worse": "worse", "noise": "none"}
+    assert "no difference shown" in said(comparison, "noise").text
+    assert "winner" not in str(verdict(comparison)).lower()
+    assert verdict(comparison).headline == (
+        "better is better than base; worse is worse than base; no difference shown between noise and base."
+    )
+
+
+def test_correction_can_take_a_difference_away(tmp_path, make_run):
+    losses(make_run, tmp_path, "base", BASE)
+    losses(make_run, tmp_path, "gated", ARM)  # p = 0.034 alone
+    losses(make_run, tmp_path, "other", (1.60, 1.55, 1.65))
+    comparison, _ = compared(tmp_path, "base")
+    row = comparison.difference("gated")
+    assert row["p_holm"] == pytest.approx(2 * row["p"]) and row["high"] < 0
+    assert said(comparison, "gated").kind == "none"
+    assert "interval alone excludes 0" in said(comparison, "gated").text
+
+
+def test_two_seeds_say_how_wide(tmp_path, make_run):
+    losses(make_run, tmp_path, "base", (1.5, 1.6))
+    losses(make_run, tmp_path, "gated", (1.49, 1.58))
+    comparison, _ = compared(tmp_path, "base")
+    width = 2 * math.tan(0.475 * math.pi) * 0.005  # sd of -0.01 and -0.02 over sqrt(2)
+    assert f"the interval is {width:.3f} nats wide" in said(comparison, "gated").text
+    assert any("Not shown does not mean equal" in remark for remark in verdict(comparison).remarks)
+
+
+def test_one_seed_shows_nothing(tmp_path, make_run):
+    make_run(tmp_path, "base", 0, final=1.5)
+    make_run(tmp_path, "gated", 0, final=1.0)
+    comparison, _ = compared(tmp_path, "base")
+    assert math.isnan(comparison.difference("gated")["low"]) and not comparison.difference("gated")["shown"]
+    assert said(comparison, "gated").kind == "untested" and "no interval" in said(comparison, "gated").text
+    assert verdict(comparison).headline.startswith("Nothing can be shown")
+
+
+def test_one_arm(tmp_path, make_run):
+    losses(make_run, tmp_path, "gated", (1.4, 1.6))
+    comparison, _ = compared(tmp_path)
+    assert verdict(comparison).headline == (
+        "One arm only, gated: best validation loss 1.5000 nats per token (sd 0.1414 over 2 seeds). "
+        "There is nothing to compare it with."
+    )
+
+
+def test_identical_arms(tmp_path, make_run):
+    losses(make_run, tmp_path, "a", (1.5, 1.6))
+    losses(make_run, tmp_path, "b", (1.5, 1.6))
+    comparison, _ = compared(tmp_path, "a")
+    assert "exactly the same loss" in said(comparison, "b").text and said(comparison, "b").kind == "none"
+
+
+def test_other_data_is_not_compared(tmp_path, make_run):
+    losses(make_run, tmp_path, "base", BASE)
+    losses(make_run, tmp_path, "gated", ARM)
+    losses(make_run, tmp_path, "foreign", (0.1, 0.11, 0.12), data__sha256="f" * 64)
+    comparison, _ = compared(tmp_path, "base")
+    assert said(comparison, "foreign").kind == "incomparable"
+    assert "data ffffffffffff instead of dddddddddddd" in said(comparison, "foreign").text
+    assert comparison.difference("foreign")["pairs"] == 0
+    assert comparison.difference("gated")["family"] == 1  # the other one is no comparison
+    chosen_by_mean, _ = compared(tmp_path)
+    assert {s.kind for s in verdict(chosen_by_mean).sentences} == {"incomparable"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"params": 3_600_000}, "params", "parameters +2.9%"),
+        ({"tokens": 999}, "tokens", "training tokens 999 instead of 153,600"),
+        ({"environment__code_version": "w" * 12}, "code", "code version wwwwwwwwwwww"),
+        ({"environment__device": "cuda"}, "device", "device cuda instead of cpu"),
+        ({"status": "stopped", "stop_reason": "plateau"}, "stopped", "3 of 3 stopped early (plateau)"),
+    ],
+)
+def test_what_is_not_matched_is_said(tmp_path, make_run, changes, kind, words):
+    losses(make_run, tmp_path, "base", BASE)
+    losses(make_run, tmp_path, "gated", ARM, **changes)
+    comparison, _ = compared(tmp_path, "base")
+    assert [(flag.arm, flag.kind, flag.blocking) for flag in comparison.flags] == [("gated", kind, False)]
+    assert words in said(comparison, "gated").text
+    assert said(comparison, "gated").kind == "better"
+    assert "The difference may come from that." in said(comparison, "gated").text
+
+
+def test_small_parameter_differences_pass(tmp_path, make_run):
+    losses(make_run, tmp_path, "base", BASE)
+    losses(make_run, tmp_path, "gated", ARM, params=3_534_000)
+    assert compared(tmp_path, "base")[0].flags == []
+
+
+def test_missing_seeds_and_lost_runs_are_flagged(tmp_path, make_run):
+    losses(make_run, tmp_path, "base", BASE)
+    losses(make_run, tmp_path, "gated", ARM[:2])
+    make_run(tmp_path, "gated", 2, status="diverged", best_val_loss=None)
+    comparison, records = compared(tmp_path, "base")
+    assert [(f.kind, f.text) for f in comparison.flags] == [
+        ("seeds", "no usable run with seed 2"),
+        ("lost", "1 diverged run"),
+    ]
+    assert "Not in these numbers: 1 diverged run." in said(comparison, "gated").text
+    table = comparison_table(comparison_frame(comparison, records))
+    assert [row[2].text for row in table.rows] == ["2 (1 diverged)", "3"]
+
+
+def test_arms_without_a_usable_run_are_named(tmp_path, make_run, make_plan):
+    make_plan(tmp_path, [("base", 0), ("gated", 0), ("never_started", 0)], baseline="base")
+    losses(make_run, tmp_path, "base", BASE)
+    make_run(tmp_path, "gated", 0, status="diverged", best_val_loss=None)
+    comparison, records = compared(tmp_path)
+    assert verdict(comparison).headline.endswith("No usable run of gated and never_started.")
+    rows = comparison_table(comparison_frame(comparison, records)).rows
+    assert [(row[0].text, row[2].text, row[6].text) for row in rows[1:]] == [
+        ("gated", "0 (1 diverged)", "—"),
+        ("never_started", "0 (1 missing)", "—"),
+    ]
+
+
+def test_matches(tmp_path, make_run):
+    losses(make_run, tmp_path, "base", BASE)
+    losses(make_run, tmp_path, "gated", ARM, params=3_600_000)
+    comparison, _ = compared(tmp_path, "base")
+    found = {match.what: match for match in matches(comparison.runs, "base")}
+    assert {what for what, match in found.items() if not match.same} == {"Parameters"}
+    assert found["Seeds"].text == "0, 1, 2"
+    assert "2.86% from the baseline" in found["Parameters"].text
+
+
+def test_choice_of_the_baseline(tmp_path, make_run, make_plan):
+    losses(make_run, tmp_path, "gain", BASE)
+    losses(make_run, tmp_path, "gated", ARM)
+    records = read_records(tmp_path)
+    assert choose_baseline(records, None, "best_val_loss") == Baseline("gated", "best_mean")
+    make_plan(tmp_path, [("gain", 0), ("gated", 0)], baseline="gain")
+    records = read_records(tmp_path)
+    assert choose_baseline(records, None, "best_val_loss") == Baseline("gain", "sweep")
+    assert choose_baseline(records, "gated", "best_val_loss") == Baseline("gated", "given")
+    with pytest.raises(UnknownArm, match="did you mean 'gated'"):
+        choose_baseline(records, "gatd", "best_val_loss")
+    make_plan(tmp_path, [("gain", 0)], baseline="never_ran")
+    chosen = choose_baseline(read_records(tmp_path), None, "best_val_loss")
+    assert chosen.source == "best_mean" and "never_ran" in chosen.note
+
+
+def test_best_mean_is_corrected_over_all_pairs(tmp_path, make_run):
+    """An arm that is chosen for its result is not a baseline set beforehand: 3 arms make 3 comparisons, not 2."""
+    losses(make_run, tmp_path, "a", ARM)
+    losses(make_run, tmp_path, "b", BASE)
+    losses(make_run, tmp_path, "c", (1.71, 1.70, 1.72))
+    named, _ = compared(tmp_path, "a")
+    chosen, _ = compared(tmp_path)
+    assert chosen.baseline == Baseline("a", "best_mean")
+    assert (named.difference("b")["family"], chosen.difference("b")["family"]) == (2, 3)
+    assert chosen.difference("b")["p_holm"] >= named.difference("b")["p_holm"]
+    assert any("chosen after looking" in remark for remark in verdict(chosen).remarks)
+
+
+@pytest.mark.parametrize("source", ["given", "best_mean"])
+def test_family_wise_error_whatever_the_baseline(source):
+    random = np.random.default_rng(5)
+    arms, seeds, sweeps, wrong = list("abcde"), 4, 120, 0
+    for _ in range(sweeps):
+        values = random.normal(size=(5, seeds)) + random.normal(size=seeds)
+        baseline = arms[int(values.mean(axis=1).argmin())] if source == "best_mean" else "a"
+        runs = pd.DataFrame(
+            [(arm, s, s, values[i, s]) for i, arm in enumerate(arms) for s in range(seeds)],
+            columns=["arm", "seed_init", "seed_data", "best_val_loss"],
+        )
+        frame = difference_frame(runs, arms, Baseline(baseline, source), "best_val_loss", set())
+        wrong += frame["shown"].any()
+    assert wrong / sweeps < 0.05 + 3 * math.sqrt(0.05 * 0.95 / sweeps)
+
+
+def test_both_metrics_are_compared(tmp_path, make_run):
+    for seed, (best, final) in enumerate([(1.50, 1.9), (1.52, 1.4), (1.48, 1.8)]):
+        make_run(tmp_path, "gated", seed, best=best, final=final)
+    for seed, value in enumerate(BASE):
+        make_run(tmp_path, "base", seed, final=value)
+    comparison, _ = compared(tmp_path, "base", "final_val_loss")
+    assert comparison.arms == ["base", "gated"]
+    assert not comparison.difference("gated")["shown"] and comparison.difference("gated", "best_val_loss")["shown"]
+    assert any("the verdict differs for gated" in remark for remark in verdict(comparison).remarks)
+
+
+def test_the_table_of_the_specification(tmp_path, make_run):
+    losses(make_run, tmp_path, "us", ARM, peak_memory_bytes=512 * 2**20, tokens_per_second=35012.4)
+    losses(make_run, tmp_path, "pi|pe", BASE[:1], grad_ratio=None)
+    comparison, records = compared(tmp_path, "us")
+    lines = markdown(comparison_table(comparison_frame(comparison, records))).splitlines()
+    assert lines[0] == (
+        "| Model | Params | Seeds | Steps | Final Train Loss | Final Val Loss | Best Val Loss | Bits/byte "
+        "| RWKV/Mamba Ratio | Memory | Tok/s |"
+    )
+    assert lines[2] == (
+        "| us (baseline) | 3,500,000 | 3 | 150 | 1.4500 ± 0.0200 | 1.5000 ± 0.0200 | 1.5000 ± 0.0200 | 2.164 ± 0.029 "
+        "| 0.80 | 512 MiB | 35,012 |"
+    )
+    assert lines[3].startswith("| pi\\|pe | 3,500,000 | 1 | 150 | 1.5500 | 1.6000 | 1.6000 | 2.308 | — |")
+
+
+def test_seed_words():
+    assert seed_words([(1, 1), (0, 0)]) == "seeds 0, 1"
+    assert seed_words([(0, 1)]) == "seed 0/1 (init/data)"
