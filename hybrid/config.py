@@ -28,6 +28,9 @@ CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line that names the key."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(re.sub(r"\s*\n\s*", " ", message))
+
 
 @dataclass
 class RWKVConfig:
@@ -203,10 +206,21 @@ def resolve(composed: DictConfig) -> Config:
     """Check what Hydra composed against the schema and the rules below; return it as dataclasses.
 
     Raises ``ConfigError``. Sizes that depend on the vocabulary (``model.target_params``) are solved later, by
-    ``hybrid.sizes.solve_ffn_hidden``.
+    ``hybrid.sizes.ffn_hidden``.
     """
-    plain = OmegaConf.create({key: value for key, value in composed.items() if key != "hydra"})
+    cfg = read_composed(composed)
+    validate(cfg)
+    return cfg
+
+
+def read_composed(composed: DictConfig) -> Config:
+    """What Hydra composed as dataclasses: keys and types are checked, values are not. Raises ``ConfigError``."""
     try:
+        plain = OmegaConf.create({key: value for key, value in composed.items() if key != "hydra"})
+        for section in dataclasses.fields(Config):
+            given = plain._get_node(section.name)
+            if dataclasses.is_dataclass(section.default_factory) and not isinstance(given, DictConfig | None):
+                raise ConfigError(f"{section.name}: a section of keys is needed, got '{given}'")
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key or 'a key'} is not set") from error
@@ -215,7 +229,6 @@ def resolve(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         key = error.full_key or "configuration"
         raise ConfigError(f"{key}: {(error.msg or str(error)).splitlines()[0]}") from error
-    validate(cfg)
     return cfg
 
 
@@ -223,6 +236,9 @@ def validate(cfg: Config) -> None:
     """Raise ``ConfigError`` for the first value that no run could use."""
     _validate_model(cfg.model)
     _validate_fusion(cfg.fusion, cfg.model)
+    for key in ("seed_init", "seed_data"):
+        if not 0 <= getattr(cfg, key) < 2**63:
+            raise ConfigError(f"{key} must be a whole number from 0 to 2^63-1, got {getattr(cfg, key)}")
     optim, schedule, trainer, data = cfg.optim, cfg.schedule, cfg.trainer, cfg.data
     _one_of("init.name", cfg.init.name, ["official", "fla"])
     _one_of("optim.name", optim.name, ["adamw"])
@@ -238,13 +254,13 @@ def validate(cfg: Config) -> None:
         raise ConfigError(f"schedule.min_lr_ratio must be in [0, 1], got {schedule.min_lr_ratio}")
     if schedule.min_lr is not None and not 0 <= schedule.min_lr <= optim.lr:
         raise ConfigError(f"schedule.min_lr must be in [0, optim.lr={optim.lr}], got {schedule.min_lr}")
+    for key in ("max_steps", "batch_size", "grad_accum", "eval_every", "eval_batch_size", "log_every",
+                "checkpoint_every"):  # fmt: skip
+        _at_least(f"trainer.{key}", getattr(trainer, key), 1)
     if schedule.warmup_steps >= trainer.max_steps and schedule.warmup_steps > 0:
         raise ConfigError(
             f"schedule.warmup_steps={schedule.warmup_steps} must be below trainer.max_steps={trainer.max_steps}"
         )
-    for key in ("max_steps", "batch_size", "grad_accum", "eval_every", "eval_batch_size", "log_every",
-                "checkpoint_every"):  # fmt: skip
-        _at_least(f"trainer.{key}", getattr(trainer, key), 1)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", trainer.device):
         raise ConfigError(f"trainer.device must be auto, cpu, cuda or cuda:N, got '{trainer.device}'")
     _one_of("trainer.dtype", trainer.dtype, ["auto", "float32", "bfloat16"])
@@ -271,6 +287,8 @@ def _validate_model(model: ModelConfig) -> None:
     _at_least("model.d_model", model.d_model, 8)
     if not 0 <= model.dropout < 1:
         raise ConfigError(f"model.dropout must be in [0, 1), got {model.dropout}")
+    if model.vocab_size is not None:
+        _at_least("model.vocab_size", model.vocab_size, 1)
     if model.ffn_hidden is not None:
         _at_least("model.ffn_hidden", model.ffn_hidden, 1)
         if model.target_params is not None:
@@ -291,7 +309,8 @@ def _validate_model(model: ModelConfig) -> None:
         for side in ("k", "v"):
             expand = getattr(rwkv, f"expand_{side}")
             width = model.d_model * expand
-            if width <= 0 or not math.isclose(width, round(width)) or round(width) % rwkv.num_heads:
+            whole = math.isfinite(width) and width > 0 and math.isclose(width, round(width))
+            if not whole or round(width) % rwkv.num_heads:
                 raise ConfigError(
                     f"model.rwkv.expand_{side}={expand} gives {'key' if side == 'k' else 'value'} width {width:g}, "
                     f"which does not divide into model.rwkv.num_heads={rwkv.num_heads} heads"
@@ -315,6 +334,7 @@ def _validate_model(model: ModelConfig) -> None:
     if "attention" in parts:
         heads = model.attention.num_heads
         _at_least("model.attention.num_heads", heads, 1)
+        _at_least("model.attention.rope_base", model.attention.rope_base, 0, strict=True)
         if model.d_model % heads or (model.d_model // heads) % 2:
             raise ConfigError(f"model.attention.num_heads={heads}: d_model={model.d_model} must split into even heads")
 
@@ -325,8 +345,8 @@ def _validate_fusion(fusion: FusionConfig, model: ModelConfig) -> None:
         value = getattr(fusion, key)
         if value is not None and not 0 < value < 1:
             raise ConfigError(f"fusion.{key} must be strictly between 0 and 1, got {value}")
-    if fusion.gain_init is not None and len(fusion.gain_init) != 2:
-        raise ConfigError(f"fusion.gain_init must be two numbers (one a branch), got {fusion.gain_init}")
+    if fusion.gain_init is not None and (len(fusion.gain_init) != 2 or not all(map(math.isfinite, fusion.gain_init))):
+        raise ConfigError(f"fusion.gain_init must be two numbers (one a branch, finite), got {fusion.gain_init}")
     if fusion.proj_init is not None:
         _one_of("fusion.proj_init", fusion.proj_init, ["identity", "random"])
     for key in ("num_heads", "head_dim", "window"):
@@ -388,7 +408,7 @@ def from_yaml(path: Path | str) -> Config:
     """Read a run's ``config.yaml`` back. Raises ``ConfigError`` where it is missing or not one of ours."""
     try:
         loaded = OmegaConf.load(path)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} holds no configuration")
@@ -420,10 +440,9 @@ def unknown_key(key: str) -> str:
     known = schema_keys()
     if key in known:
         return f"{key} has no effect with this choice of {key.split('.')[0]}; leave it out"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:  # the right name under the wrong parent
-        leaf = key.rsplit(".", 1)[-1]
-        near = [name for name in known if name.rsplit(".", 1)[-1] == leaf][:1]
+    leaf = key.rsplit(".", 1)[-1]
+    near = [name for name in known if name.rsplit(".", 1)[-1] == leaf]  # the right name under the wrong parent
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists the keys")
 
 

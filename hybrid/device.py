@@ -1,16 +1,18 @@
-"""Which device and precision ``auto`` means on this machine."""
+"""Which device, precision and kernels ``auto`` means on this machine."""
 
 from __future__ import annotations
 
 import torch
 
 from hybrid.config import Config, ConfigError
+from hybrid.kernels import BackendError, resolve_backend
 
 
 def resolve_device(cfg: Config) -> None:
-    """Replace ``auto`` in ``trainer.device`` and ``trainer.dtype`` by what it is here, so that the record says it.
+    """Replace ``auto`` in ``trainer.device``, ``trainer.dtype`` and ``kernels`` by what it is here.
 
-    Raises ``ConfigError`` for a CUDA device that is not there.
+    The record then says what was used, and the run's identity differs where that does. Raises ``ConfigError`` for a
+    CUDA device or a kernel that is not there.
     """
     trainer = cfg.trainer
     if trainer.device == "auto":
@@ -24,3 +26,9 @@ def resolve_device(cfg: Config) -> None:
             )
     if trainer.dtype == "auto":
         trainer.dtype = "bfloat16" if trainer.device.startswith("cuda") else "float32"
+    for op in ("wkv6", "ssd"):
+        try:
+            backend = resolve_backend(op, getattr(cfg.kernels, op), trainer.device.partition(":")[0])
+        except BackendError as error:
+            raise ConfigError(f"kernels.{op}: {error}") from error
+        setattr(cfg.kernels, op, backend)

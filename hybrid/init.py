@@ -29,9 +29,12 @@ STD = 0.02  # of embeddings and of the matrices outside the two recurrent branch
 def seeded(seed: int, name: str) -> Iterator[None]:
     """Random numbers inside depend on ``seed`` and ``name`` alone, and leave the outer generator as it was."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # leaves CUDA's generators alone
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)
 
 
 @torch.no_grad()

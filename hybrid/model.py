@@ -15,7 +15,7 @@ from hybrid.config import Config
 from hybrid.fusion import build_fusion
 from hybrid.init import init_model, seeded
 from hybrid.pattern import parse_pattern
-from hybrid.sizes import ffn_hidden
+from hybrid.sizes import ffn_hidden, vocab_size
 
 BlockState = dict[str, BranchState]
 SINGLE = {"R": "rwkv", "M": "mamba", "A": "attention"}
@@ -90,7 +90,7 @@ class HybridLM(nn.Module):
         super().__init__()
         hidden = ffn_hidden(cfg)
         with seeded(cfg.seed_init, "embedding"):
-            self.embedding = nn.Embedding(cfg.model.vocab_size, cfg.model.d_model)
+            self.embedding = nn.Embedding(vocab_size(cfg), cfg.model.d_model)
         self.dropout = nn.Dropout(cfg.model.dropout)
         kinds = parse_pattern(cfg.model.pattern)
         self.blocks = nn.ModuleList(Block(kind, cfg, hidden, f"blocks.{i}") for i, kind in enumerate(kinds))

@@ -15,6 +15,9 @@ MAX_BLOCKS = 256
 class PatternError(ValueError):
     """A pattern that describes no stack of blocks; the message is one line."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(re.sub(r"\s*\n\s*", " ", message))
+
 
 def parse_pattern(pattern: str) -> list[str]:
     """The kinds of the blocks from the first to the last, e.g. ``"R M*2 R" -> ["R", "M", "M", "R"]``.
@@ -23,7 +26,7 @@ def parse_pattern(pattern: str) -> list[str]:
     """
     blocks: list[str] = []
     position = 0
-    token = re.compile(r"\s*([A-Za-z])\s*(?:\*\s*(\d+))?\s*")
+    token = re.compile(r"\s*([A-Za-z])\s*(?:\*\s*(\d{1,9}))?\s*")
     while position < len(pattern):
         match = token.match(pattern, position)
         if not match:

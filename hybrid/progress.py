@@ -33,7 +33,7 @@ class RunProgress:
         self.style = ("bar" if self.console.is_terminal else "plain") if style == "auto" else style
         self.prefix = f"run {display.run_index}/{display.run_total} " if display.run_total > 1 else ""
         self.bar: Progress | None = None
-        self.first_step: int | None = None
+        self.first_step: int | None = None  # where the clock of this process began
         self.started = time.monotonic()
 
     def __enter__(self) -> RunProgress:
@@ -61,10 +61,14 @@ class RunProgress:
         if self.style != "off":
             self.console.print(f"{self.prefix}{self.name}: {text}", soft_wrap=True, markup=False)
 
+    def begin(self, step: int) -> None:
+        """Start the clock; ``step`` steps are done already."""
+        self.first_step, self.started = step, time.monotonic()
+
     def step(self, step: int, loss: float | None, tokens_per_second: float) -> None:
         """Move the bar to ``step``; loss in nats per token."""
         if self.first_step is None:
-            self.first_step, self.started = step - 1, time.monotonic()
+            self.begin(step)
         if self.bar is not None:
             facts = (f"loss {loss:.3f}  " if loss is not None else "") + f"{tokens_per_second:,.0f} tok/s  "
             self.bar.update(self.task, completed=step, facts=facts + self.left(step))

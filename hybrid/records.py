@@ -12,7 +12,9 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ def variant_name(cfg: Config, overrides: list[str]) -> str:
     ``hybrid_5m-gated-gate_init=0.5-lr=1e-3``.
     """
     if cfg.variant:
-        return safe_name(cfg.variant)
+        return safe_name(cfg.variant) or "unnamed"
     words = [cfg.model.name, cfg.fusion.name] if "P" in parse_pattern(cfg.model.pattern) else [cfg.model.name]
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
@@ -69,21 +71,38 @@ def variant_name(cfg: Config, overrides: list[str]) -> str:
 
 
 def safe_name(text: str) -> str:
-    """A folder name: letters, digits and ``._=+-`` only, at most 80 characters."""
-    return re.sub(r"[^\w.=+-]+", "_", text).strip("._")[:80]
+    """A folder name: letters, digits and ``._=+-`` only; empty if the text has none of them.
+
+    At most 80 bytes: a longer one is cut and ends in a hash of the whole.
+    """
+    name = re.sub(r"[^\w.=+-]+", "_", text).strip("._")
+    if len(name.encode()) > 80:
+        name = f"{name.encode()[:71].decode(errors='ignore')}-{short_hash(text)}"
+    return name
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class RunFolder:
     """``{out}/{sweep}/{variant}-{8 of run_id}``: one folder per run, never used by another configuration."""
 
     def __init__(self, cfg: Config, identifier: str, variant: str) -> None:
-        self.path = Path(cfg.out) / (cfg.sweep.name or "single") / f"{variant}-{identifier[:8]}"
+        root = Path(cfg.out) / (cfg.sweep.name or "single")
+        self.path = root / f"{variant}-{identifier[:8]}"
+        if not self.path.exists():  # the same run may be there under another name, from a wider sweep, say
+            others = [path for path in root.glob(f"*-{identifier[:8]}") if (path / "config.yaml").exists()]
+            self.path = others[0] if len(others) == 1 else self.path
+        self.variant = self.path.name.removesuffix(f"-{identifier[:8]}")
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
 
     def create(self, cfg: Config, corpus: Corpus) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.rglob("*.partial"):  # of a process that was killed while it wrote
+            leftover.unlink()
         write_atomically(self.path / "config.yaml", to_yaml(cfg))
         corpus.tokenizer.save(self.path / "tokenizer.json")
 
@@ -125,12 +144,28 @@ class RunFolder:
         with self.log.open("a") as handle:
             handle.write(text.rstrip("\n") + "\n")
 
+    def remove_steps(self) -> None:
+        """Drop what only resuming needs; an ended run keeps its weights."""
+        for step in self.checkpoints.glob("step-*"):
+            remove_step(step)
+        for partial in self.checkpoints.glob("partial-*"):
+            shutil.rmtree(partial)
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(finite({"schema": SCHEMA, **summary}), indent=1) + "\n")
 
 
+def remove_step(step: Path) -> None:
+    """Delete a checkpoint's folder; a death on the way leaves no folder that looks whole."""
+    doomed = step.with_name(f"partial-{step.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    step.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
+    """Replace a file as a whole; writers at the same time do not disturb each other, and the last one stands."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     with partial.open("w") as handle:
         handle.write(text)
         handle.flush()

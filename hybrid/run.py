@@ -12,6 +12,11 @@ from hybrid.progress import RunProgress
 from hybrid.records import RunFolder, describe_run, run_id
 from hybrid.sizes import PARTS, count_params
 
+# What a summary says of the training, None where it came to nothing.
+OUTCOME = (
+    "status", "stop_reason", "steps", "tokens", "best_val_loss", "best_step", "final_val_loss", "final_train_loss",
+    "val_bits_per_byte", "grad_ratio", "gates", "tokens_per_second", "peak_memory_bytes", "wall_seconds", "environment",
+)  # fmt: skip
 ENDED = ("completed", "stopped", "diverged")  # a run with such a record is not run again
 
 
@@ -36,26 +41,32 @@ class PlannedRun:
 
 
 def check_data(cfg: Config) -> Corpus:
-    """Prepare the corpus, fill in the vocabulary size and check the sizes that depend on it.
+    """Prepare the corpus and fit the configuration to it.
 
     Raises ``hybrid.data.DataError`` or ``hybrid.config.ConfigError``.
     """
     corpus = prepare(cfg.data)
+    fit_to_corpus(cfg, corpus)
+    return corpus
+
+
+def fit_to_corpus(cfg: Config, corpus: Corpus) -> None:
+    """Fill in the vocabulary size and check the sizes that depend on it. Raises ``ConfigError``."""
     if cfg.model.vocab_size is None:
         cfg.model.vocab_size = corpus.vocab_size
     elif cfg.model.vocab_size < corpus.vocab_size:
         raise ConfigError(f"model.vocab_size={cfg.model.vocab_size} is below the tokenizer's {corpus.vocab_size}")
     count_params(cfg)
-    return corpus
 
 
 def plan(cfg: Config, corpus: Corpus, variant: str) -> PlannedRun:
-    """Settle device and precision, and with them the run's identity and folder."""
+    """Settle device, precision and kernels, and with them the run's identity and folder. Raises ``ConfigError``."""
     from hybrid.device import resolve_device
 
     resolve_device(cfg)
     identifier = run_id(cfg, corpus)
-    return PlannedRun(cfg, corpus, identifier, variant, RunFolder(cfg, identifier, variant))
+    folder = RunFolder(cfg, identifier, variant)
+    return PlannedRun(cfg, corpus, identifier, folder.variant, folder)
 
 
 def execute(run: PlannedRun, overrides: list[str]) -> dict[str, Any]:
@@ -67,6 +78,7 @@ def execute(run: PlannedRun, overrides: list[str]) -> dict[str, Any]:
     cfg, folder = run.cfg, run.folder
     with folder.lock():
         if run.ended:
+            folder.remove_steps()  # in case the process died just before it did
             return folder.summary()
         (folder.path / "summary.json").unlink(missing_ok=True)
         folder.create(cfg, run.corpus)
@@ -76,22 +88,39 @@ def execute(run: PlannedRun, overrides: list[str]) -> dict[str, Any]:
             folder.note(parameter_table(cfg))
             if run.corpus.unknown_in_val:
                 progress.message(f"{run.corpus.unknown_in_val} validation characters are not in the training text")
-            outcome: dict[str, Any]
+            asked_to_stop = False
             try:
-                from hybrid.training.loop import Trainer
-
-                trainer = Trainer(cfg, run.corpus, folder, progress)
-                folder.note(f"kernels: {trainer.environment['kernels']}, device: {trainer.environment['device']}")
-                outcome = trainer.train()
+                outcome, asked_to_stop = train(run, progress)
+            except OSError as error:  # a full or missing disk says nothing about the run: it stays unfinished
+                progress.message(f"unfinished: {error}")
+                raise
             except Exception as error:
                 folder.note(traceback.format_exc())
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-                outcome = {"status": "failed", "stop_reason": reason}
+                said = str(error).strip().splitlines() or [""]
+                reason = f"{type(error).__name__}: {said[0]}"
+                outcome = dict.fromkeys(OUTCOME) | {"status": "failed", "stop_reason": reason}
             if outcome["status"] != "completed":
                 progress.message(f"{outcome['status']}: {outcome['stop_reason']} (log: {folder.log})")
-        summary = about | outcome
-        folder.write_summary(summary)
-        return folder.summary() or summary
+        folder.write_summary(about | outcome)
+        if outcome["status"] in ENDED:  # only now: until the summary stands, a restart goes on from the checkpoint
+            folder.remove_steps()
+        if asked_to_stop:
+            raise KeyboardInterrupt("stopped after the last step; this run is done")
+        return folder.summary()
+
+
+def train(run: PlannedRun, progress: RunProgress) -> tuple[dict[str, Any], bool]:
+    """The outcome of training from the newest checkpoint that can be read, and whether Ctrl-C came at its end."""
+    from hybrid.training.checkpoint import DamagedCheckpoint
+    from hybrid.training.loop import Trainer
+
+    while True:
+        trainer = Trainer(run.cfg, run.corpus, run.folder, progress)
+        run.folder.note(f"kernels: {trainer.environment['kernels']}, device: {trainer.environment['device']}")
+        try:
+            return trainer.train(), trainer.asked_to_stop
+        except DamagedCheckpoint as error:
+            progress.message(str(error))
 
 
 def parameter_table(cfg: Config) -> str:

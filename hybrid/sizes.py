@@ -44,7 +44,7 @@ def fusion_params(d: int, fusion: FusionConfig) -> int:
 def ffn_hidden(cfg: Config) -> int:
     """Width of the feed-forward layer: given, a multiple of ``d_model``, or solved for ``model.target_params``.
 
-    Raises ``ConfigError`` where no width comes within 0.5% of the target.
+    Raises ``ConfigError`` where no width of at least d_model/8 comes within 0.5% of the target.
     """
     model = cfg.model
     if model.ffn_hidden is not None:
@@ -55,11 +55,12 @@ def ffn_hidden(cfg: Config) -> int:
     rest = count_params(cfg, hidden=0)["total"]
     hidden = max(1, round((model.target_params - rest) / per_unit))
     reached = rest + hidden * per_unit
-    if abs(reached - model.target_params) > 0.005 * model.target_params:
+    too_thin = hidden < model.d_model // 8  # a layer for the count's sake only
+    if too_thin or abs(reached - model.target_params) > 0.005 * model.target_params:
         raise ConfigError(
-            f"model.target_params={model.target_params:,} cannot be met within 0.5%: without feed-forward layers the "
-            f"model has {rest:,} parameters and one unit of width adds {per_unit:,}; change the target, "
-            f"model.d_model or model.pattern"
+            f"model.target_params={model.target_params:,} cannot be met within 0.5% with feed-forward layers at least "
+            f"{model.d_model // 8} wide: without them the model has {rest:,} parameters and one unit of width adds "
+            f"{per_unit:,}; change the target, model.d_model or model.pattern"
         )
     return hidden
 
@@ -68,13 +69,17 @@ def count_params(cfg: Config, hidden: int | None = None) -> dict[str, int]:
     """Trainable parameters by part; the tied head counts once, as embedding."""
     model, d = cfg.model, cfg.model.d_model
     hidden = ffn_hidden(cfg) if hidden is None else hidden
-    size = {"rwkv": rwkv_params(d, model.rwkv), "mamba": mamba_params(d, model.mamba), "attention": 4 * d * d}
+    size = {
+        "rwkv": lambda: rwkv_params(d, model.rwkv),
+        "mamba": lambda: mamba_params(d, model.mamba),
+        "attention": lambda: 4 * d * d,
+    }
     parts = dict.fromkeys(PARTS, 0)
-    parts["embedding"] = _vocab_size(cfg) * d
+    parts["embedding"] = vocab_size(cfg) * d
     parts["norm"] = d
     for branches in _mixers(cfg):
         for branch in branches:
-            parts[branch] += size[branch]
+            parts[branch] += size[branch]()
         parts["fusion"] += fusion_params(d, cfg.fusion) if len(branches) == 2 else 0
         parts["ffn"] += 2 * d * hidden
         parts["norm"] += 2 * d
@@ -88,9 +93,12 @@ def state_floats_per_layer(cfg: Config) -> list[int]:
     Convolution and token-shift tails are left out; attention keeps the whole context and counts 0.
     """
     model, d = cfg.model, cfg.model.d_model
-    rwkv = round(d * model.rwkv.expand_k) * round(d * model.rwkv.expand_v) // model.rwkv.num_heads
-    size = {"rwkv": rwkv, "mamba": model.mamba.expand * d * model.mamba.state_size, "attention": 0}
-    return [sum(size[branch] for branch in branches) for branches in _mixers(cfg)]
+    size = {
+        "rwkv": lambda: round(d * model.rwkv.expand_k) * round(d * model.rwkv.expand_v) // model.rwkv.num_heads,
+        "mamba": lambda: model.mamba.expand * d * model.mamba.state_size,
+        "attention": lambda: 0,
+    }
+    return [sum(size[branch]() for branch in branches) for branches in _mixers(cfg)]
 
 
 def flops_per_token(cfg: Config) -> int:
@@ -107,12 +115,15 @@ def flops_per_token(cfg: Config) -> int:
     blocks = parse_pattern(model.pattern)
     attention = blocks.count("A") * 4 * model.d_model * (cfg.data.seq_len + 1) / 2
     if cfg.fusion.name == "cross_attention":
-        span = min(cfg.fusion.window, cfg.data.seq_len)
-        attention += blocks.count("P") * 2 * 4 * cfg.fusion.num_heads * cfg.fusion.head_dim * (span + 1) / 2
+        T = cfg.data.seq_len
+        growing = min(cfg.fusion.window, T)  # positions whose window is not full yet
+        attended = (growing * (growing + 1) / 2 + (T - growing) * cfg.fusion.window) / T
+        attention += blocks.count("P") * 2 * 4 * cfg.fusion.num_heads * cfg.fusion.head_dim * attended
     return round(3 * (products + recurrences + attention))
 
 
-def _vocab_size(cfg: Config) -> int:
+def vocab_size(cfg: Config) -> int:
+    """The number of token ids. Raises ``ConfigError`` where it is not known yet."""
     if cfg.model.vocab_size is None:
         raise ConfigError("model.vocab_size is not set; it comes from the data, or give a number")
     return cfg.model.vocab_size

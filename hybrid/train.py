@@ -1,6 +1,7 @@
 """The one entry point: ``python -m hybrid.train key=value ...``, with ``-m`` for a sweep.
 
 Hydra composes, ``hybrid.config`` checks, and only then is torch imported, so a mistake is answered within a second.
+This is the one module of ``hybrid`` that knows ``sweeps``: it tells Hydra of the sweeper there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hybrid.config import CONF_DIR, Config, ConfigError, group_options, resolve,
 from hybrid.data import DataError
 from hybrid.records import RunBusy, variant_name
 from hybrid.run import PlannedRun, SweepFailed, check_data, execute, plan
+from sweeps.plugin import register
 
 USAGE = """\
 Train one model, or sweep over many.
@@ -37,21 +39,19 @@ one goes on. `python -m analysis.report OUT/SWEEP` turns the records into tables
 
 
 def main(arguments: list[str] | None = None) -> None:
-    arguments = [re.sub(r"^\+sweep=", "sweep=", a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    arguments = tidy(sys.argv[1:] if arguments is None else arguments)
     if any(a in ("--help", "-h") for a in arguments):
-        print(help_text())
+        print_help()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
     # Threads that spin while they wait take the cores from other processes: with four at work on two cores, a step
     # of a small model took 3 to 6 times as long. Must be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.argv = [sys.argv[0], *arguments]
+    for_hydra, for_sweeper = hold_back(arguments)
+    sys.argv = [sys.argv[0], *for_hydra]
     try:
         check_choices(arguments)
-        if any(a in ("-m", "--multirun") for a in arguments):
-            from sweeps.plugin import register  # a plugin of the sweeps room, which single runs do not need
-
-            register()
+        register(for_sweeper)
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
     except (ConfigError, DataError) as error:
         fail(str(error), 2)
@@ -59,13 +59,38 @@ def main(arguments: list[str] | None = None) -> None:
         fail(str(error), 1)
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error), 2)
+    except OSError as error:
+        fail(describe(error), 2)
     except KeyboardInterrupt as error:
         fail(str(error) or "interrupted", 130)
 
 
+def tidy(arguments: list[str]) -> list[str]:
+    """``+sweep=NAME`` as ``sweep=NAME``, and -m first: Hydra wants all overrides on one side of it."""
+    multirun = [a for a in arguments if a == "-m" or (a.startswith("--mu") and "--multirun".startswith(a))]
+    rest = [re.sub(r"^\+sweep=", "sweep=", a) for a in arguments if a not in multirun]
+    return ["-m", *rest] if multirun else rest
+
+
+def hold_back(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What Hydra itself needs of a multirun's arguments, and what is for the sweeper alone.
+
+    Hydra would apply every single value to the defaults as well, which are no run of the sweep and may not have the
+    key (``fusion=concat,residual fusion.proj_init=random``).
+    """
+    if "-m" not in arguments:
+        return arguments, []
+    held = [a for a in arguments if re.match(r"\+{0,2}\w[\w./@]*=|~", a) and not re.match(r"\+*(hydra|sweep|out)\b", a)]
+    return [a for a in arguments if a not in held], held
+
+
+def describe(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
 def job(composed: DictConfig) -> dict | None:
     """One run of what Hydra composed. One that cannot start or fails ends the process, in a sweep it raises."""
-    overrides = list(HydraConfig.get().overrides.task)
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         cfg = resolve(composed)
@@ -73,9 +98,9 @@ def job(composed: DictConfig) -> dict | None:
         if run.ended and cfg.display.progress != "off":
             print(f"already there: {run.folder.path}")
         summary = execute(run, overrides)
-    except (ConfigError, DataError, RunBusy) as error:
+    except (ConfigError, DataError, RunBusy, OSError) as error:
         if single:
-            fail(str(error), 2)
+            fail(describe(error) if isinstance(error, OSError) else str(error), 2)
         raise
     if single:
         conclude(cfg, run, summary)
@@ -92,10 +117,13 @@ def conclude(cfg: Config, run: PlannedRun, summary: dict) -> None:
 
 
 def check_choices(arguments: list[str]) -> None:
-    """Hydra answers a number where a choice is due with a traceback; say it in a line instead."""
+    """Hydra answers a number, null or true where a choice is due with a traceback; say it in a line instead."""
     for argument in arguments:
         group, _, value = argument.partition("=")
-        if re.fullmatch(r"[\d.,eE+-]+", value) and re.fullmatch(r"\w+", group) and (CONF_DIR / group).is_dir():
+        if not re.fullmatch(r"\w+", group) or not (CONF_DIR / group).is_dir():
+            continue
+        empty = value.lower() == "null" and group not in ("blocks", "gate_init")
+        if empty or re.fullmatch(r"[\d.,eE+-]+|true|false", value, re.IGNORECASE):
             raise ConfigError(f"{group}={value}: no such choice (there are {', '.join(group_options(group))})")
 
 
@@ -111,6 +139,13 @@ def explain(error: Exception) -> str:
         return f"{group}={option}: no such choice{hint} (there are {', '.join(options)})"
     key = re.search(r"Could not override '([\w./]+)'", text)
     return unknown_key(key.group(1)) if key else text
+
+
+def print_help() -> None:
+    try:
+        print(help_text(), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; Python must not write again as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text() -> str:

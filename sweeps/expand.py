@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 
-from hybrid.config import ConfigError, SweepConfig
-from hybrid.records import safe_name
+from hybrid.config import ConfigError, SweepConfig, group_options
+from hybrid.records import safe_name, short_hash
 
 SEED_KEYS = ("seed_init", "seed_data")
 
@@ -31,35 +33,42 @@ class Choice:
     overrides: tuple[str, ...]
 
 
+class Groups:
+    """What Hydra's parser asks of a configuration loader, for ``init=glob(*)``."""
+
+    def get_group_options(self, group_name: str, results_filter: ObjectType | None = None) -> list[str]:
+        return group_options(group_name)
+
+
 def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
     """All combinations of the sweep's arms, its grid, the axes on the command line, and the seeds.
 
-    An axis given on the command line replaces the grid's axis of the same key; ``seed_init`` or ``seed_data`` there
-    replaces the sweep's seeds. Every arm gets the same seeds. Raises ``ConfigError`` where the command line would
-    overwrite what makes the arms differ.
+    An axis given on the command line replaces the grid's axis of the same key, also with a single value;
+    ``seed_init`` or ``seed_data`` there replaces the sweep's seeds. Every arm gets the same seeds. Raises
+    ``ConfigError`` where the command line would overwrite what makes the arms differ.
     """
-    fixed: list[str] = []
+    fixed: dict[str, str] = {}  # key -> the line as given
     given: dict[str, list[str]] = {}
-    for override in OverridesParser.create().parse_overrides(overrides=arguments):
+    for override in OverridesParser.create(config_loader=Groups()).parse_overrides(overrides=arguments):
         if override.is_sweep_override():
-            given[override.get_key_element()] = [f"{override.get_key_element()}={v}" for v in sweep_values(override)]
+            lines = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+            given[key_of(override)] = lines
         else:
-            fixed.append(override.input_line)
-    fixed_keys = {line.lstrip("+~").split("=")[0] for line in fixed}
+            fixed[key_of(override)] = override.input_line
 
     axes: list[list[Choice]] = []
     if sweep.arms:
         for arm, overrides in sweep.arms.items():
-            clash = {line.lstrip("+~").split("=")[0] for line in overrides} & (fixed_keys | given.keys())
+            clash = {plain_key(line) for line in overrides} & (fixed.keys() | given.keys())
             if clash:
                 raise ConfigError(f"{sorted(clash)[0]} is what arm '{arm}' of sweep {sweep.name} sets; leave it out")
         axes.append([Choice(arm, tuple(overrides)) for arm, overrides in sweep.arms.items()])
     for key, values in sweep.grid.items():
-        if key in fixed_keys:
-            continue  # the command line pins this axis
         lines = given.pop(key, None) or [f"{key}={hydra_value(value)}" for value in values]
+        if key in fixed:
+            lines = [fixed.pop(key)]
         axes.append([Choice(label(line), (line,)) for line in lines])
-    seeds_given = [key for key in SEED_KEYS if key in given or key in fixed_keys]
+    seeds_given = [key for key in SEED_KEYS if key in given or key in fixed]
     for key, lines in given.items():
         if key not in SEED_KEYS:
             axes.append([Choice(label(line), (line,)) for line in lines])
@@ -69,16 +78,35 @@ def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
     if sweep.seeds and not seeds_given:
         axes.append([Choice("", tuple(f"{key}={seed}" for key in SEED_KEYS)) for seed in sweep.seeds])
 
-    jobs = []
-    for combination in itertools.product(*axes):
-        name = safe_name("-".join(choice.name for choice in combination if choice.name))
-        varied = tuple(line for choice in combination for line in choice.overrides)
-        jobs.append(Job(name or None, (*fixed, *varied)))
-    return jobs
+    combinations = list(itertools.product(*axes))
+    names = arm_names(["-".join(choice.name for choice in combination if choice.name) for combination in combinations])
+    return [
+        Job(name, (*fixed.values(), *(line for choice in combination for line in choice.overrides)))
+        for name, combination in zip(names, combinations, strict=True)
+    ]
 
 
-def sweep_values(override: Override) -> list[str]:
-    return list(override.sweep_string_iterator())
+def arm_names(wanted: list[str]) -> list[str | None]:
+    """Folder names, different wherever the wanted names are; None for an empty one."""
+    meant: dict[str, set[str]] = {}
+    for name in wanted:
+        meant.setdefault(safe_name(name), set()).add(name)
+    return [
+        None
+        if not name
+        else safe_name(name)
+        if len(meant[safe_name(name)]) == 1
+        else f"{safe_name(name)}-{short_hash(name)}"
+        for name in wanted
+    ]
+
+
+def key_of(override: Override) -> str:
+    return override.key_or_group
+
+
+def plain_key(line: str) -> str:
+    return line.lstrip("+~").partition("=")[0]
 
 
 def label(line: str) -> str:
@@ -95,6 +123,13 @@ def hydra_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return "[" + ",".join(hydra_value(item) for item in value) + "]"
-    if isinstance(value, str) and not value.replace("_", "").replace(".", "").isalnum():
-        return "'" + value.replace("'", "\\'") + "'"
+    if isinstance(value, str):
+        word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and value.lower() not in (
+            "null",
+            "true",
+            "false",
+            "inf",
+            "nan",
+        )
+        return value if word else QuotedString(text=value, quote=Quote.single).with_quotes()
     return str(value)

@@ -18,11 +18,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from hybrid.config import ConfigError, resolve
-from hybrid.data import Corpus
-from hybrid.records import RunFolder, variant_name, write_atomically
-from hybrid.run import PlannedRun, SweepFailed, check_data, plan
+from hybrid.config import ConfigError, SweepConfig, read_composed, resolve
+from hybrid.data import Corpus, prepare
+from hybrid.records import RunFolder, code_version, variant_name, write_atomically
+from hybrid.run import PlannedRun, SweepFailed, fit_to_corpus, plan
 from sweeps.expand import Job, expand
 
 SCHEMA = "groundthink.sweep/1"
@@ -30,6 +31,8 @@ SCHEMA = "groundthink.sweep/1"
 
 class Sweeper(HydraSweeper):
     """Runs arms x grid x seeds (``conf/sweep/*.yaml`` and the command line) through any Hydra launcher."""
+
+    held_back: tuple[str, ...] = ()  # overrides that Hydra has not seen (``hybrid.train.hold_back``)
 
     def __init__(self, params: dict[str, Any] | None = None) -> None:
         self.params = params
@@ -42,11 +45,12 @@ class Sweeper(HydraSweeper):
         )
 
     def sweep(self, arguments: list[str]) -> list[Any]:
-        sweep = resolve(self.config).sweep
-        jobs = expand(sweep, arguments)
+        sweep = read_composed(self.config).sweep
+        jobs = expand(sweep, [*arguments, *self.held_back])
         runs = self.plan_runs(jobs)
+        check_baseline(sweep, runs)
         root = runs[0].folder.path.parent
-        write_sweep_file(root, sweep.name, sweep.question, sweep.baseline, jobs, runs)
+        write_sweep_file(root, sweep, jobs, runs)
 
         todo = [i for i, run in enumerate(runs) if not run.ended]
         console = Console(highlight=False)
@@ -56,6 +60,7 @@ class Sweeper(HydraSweeper):
         console.print(
             f"{sweep.name or 'multirun'}: {len(runs)} runs ({len(arms)} arms x {len(seeds)} seeds){done} -> {root}",
             soft_wrap=True,
+            markup=False,
         )
         started = time.time()
         batch = []
@@ -83,8 +88,8 @@ class Sweeper(HydraSweeper):
         for cfg in configs:
             key = repr(cfg.data)
             if key not in corpora:
-                corpora[key] = check_data(cfg)
-            cfg.model.vocab_size = cfg.model.vocab_size or corpora[key].vocab_size
+                corpora[key] = prepare(cfg.data)
+            fit_to_corpus(cfg, corpora[key])
         runs = []
         for job, cfg in zip(jobs, configs, strict=True):
             variant = job.variant or variant_name(cfg, list(job.overrides))
@@ -97,31 +102,57 @@ class Sweeper(HydraSweeper):
         return runs
 
 
-def write_sweep_file(
-    root: Path, name: str | None, question: str | None, baseline: str | None, jobs: list[Job], runs: list[PlannedRun]
-) -> None:
-    """``sweep.json``: what the sweep consists of, so that analysis knows what is missing."""
+def check_baseline(sweep: SweepConfig, runs: list[PlannedRun]) -> None:
+    """The baseline must be an arm of the sweep, though maybe not of the part of it that is run now."""
+    arms = {run.variant for run in runs} | {job.variant for job in expand(sweep, []) if job.variant}
+    if sweep.baseline is not None and sweep.baseline not in arms:
+        raise ConfigError(
+            f"sweep.baseline={sweep.baseline} is no arm of this sweep (there are {', '.join(sorted(arms))})"
+        )
+
+
+def write_sweep_file(root: Path, sweep: SweepConfig, jobs: list[Job], runs: list[PlannedRun]) -> None:
+    """``sweep.json``: what the sweep consists of, so that analysis knows what is missing.
+
+    What an earlier, wider call put there stays, unless the code has changed and it was never run.
+    """
     root.mkdir(parents=True, exist_ok=True)
+    entries = [
+        {
+            "variant": run.variant,
+            "seed_init": run.cfg.seed_init,
+            "seed_data": run.cfg.seed_data,
+            "run_id": run.run_id,
+            "folder": run.folder.path.name,
+            "overrides": list(job.overrides),
+            "code_version": code_version(),
+        }
+        for job, run in zip(jobs, runs, strict=True)
+    ]
+    now = {entry["folder"] for entry in entries}
+    for old in read_sweep_file(root):
+        current = old.get("code_version") == code_version() or (root / old["folder"] / "summary.json").exists()
+        if old["folder"] not in now and current:
+            entries.append(old)
     facts = {
         "schema": SCHEMA,
-        "name": name,
-        "question": question,
-        "baseline": baseline,
-        "arms": list(dict.fromkeys(run.variant for run in runs)),
-        "seeds": sorted({run.cfg.seed_init for run in runs}),
-        "runs": [
-            {
-                "variant": run.variant,
-                "seed_init": run.cfg.seed_init,
-                "seed_data": run.cfg.seed_data,
-                "run_id": run.run_id,
-                "folder": run.folder.path.name,
-                "overrides": list(job.overrides),
-            }
-            for job, run in zip(jobs, runs, strict=True)
-        ],
+        "name": sweep.name,
+        "question": sweep.question,
+        "baseline": sweep.baseline,
+        "arms": list(dict.fromkeys(entry["variant"] for entry in entries)),
+        "seeds": sorted({entry["seed_init"] for entry in entries}),
+        "runs": entries,
     }
     write_atomically(root / "sweep.json", json.dumps(facts, indent=1) + "\n")
+
+
+def read_sweep_file(root: Path) -> list[dict[str, Any]]:
+    """The runs of an earlier call, none where there is no file that can be read."""
+    try:
+        found = json.loads((root / "sweep.json").read_text())
+        return [entry for entry in found["runs"] if isinstance(entry["folder"], str)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def conclude(console: Console, runs: list[PlannedRun], errors: dict[int, Any]) -> None:
@@ -136,10 +167,15 @@ def conclude(console: Console, runs: list[PlannedRun], errors: dict[int, Any]) -
     console.print(f"{len(runs) - len(bad)} of {len(runs)} runs have a record")
     if not bad:
         return
-    table = Table("run", "seed", "status", "reason", "log")
-    for row in bad:
-        table.add_row(*row)
+    table = Table()
+    for column in ("run", "seed", "status", "reason"):
+        table.add_column(column, overflow="fold")
+    for *row, _ in bad:
+        table.add_row(*(Text(cell) for cell in row))
     console.print(table)
+    for variant, seed, *_, log in bad:
+        if log:
+            console.print(f"log of {variant} seed {seed}: {log}", soft_wrap=True, markup=False)
     raise SweepFailed(f"{len(bad)} of {len(runs)} runs failed, diverged or are unfinished")
 
 
@@ -147,7 +183,7 @@ def folder_log(folder: RunFolder) -> str:
     return str(folder.log) if folder.log.exists() else ""
 
 
-def register() -> None:
+def register(held_back: list[str]) -> None:
     """Make the sweeper known to Hydra, which finds plugins only in modules named ``hydra_plugins.*``.
 
     The module is made here, so that the package needs no folder of that name beside its own.
@@ -157,6 +193,7 @@ def register() -> None:
     except ModuleNotFoundError:
         parent = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
         parent.__path__ = []
+    Sweeper.held_back = tuple(held_back)
     Sweeper.__module__ = "hydra_plugins.groundthink"
     module = types.ModuleType(Sweeper.__module__)
     module.Sweeper = Sweeper

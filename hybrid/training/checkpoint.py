@@ -18,12 +18,25 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
+from hybrid.records import remove_step
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint that cannot be read; it has been put aside."""
+
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights in one go: a reader sees the old file or the new one, never a part."""
     partial = path.with_suffix(".partial")
     save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, partial)
+    flush(partial)
     os.replace(partial, path)
+
+
+def flush(path: Path) -> None:
+    """Have a file on the disk before its name says that it is whole."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -44,28 +57,43 @@ def save_step(
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state_all()
     torch.save({"step": step, "optimizer": optimizer.state_dict(), "rng": rng, "state": state}, partial / "training.pt")
-    shutil.rmtree(target, ignore_errors=True)
+    flush(partial / "training.pt")
+    if target.exists():
+        remove_step(target)
     partial.rename(target)
     for other in folder.glob("step-*"):
         if other != target:
-            shutil.rmtree(other)
+            remove_step(other)
 
 
 def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]] | None:
-    """Restore the newest step folder: ``(step, state)``, or None where there is none."""
+    """Restore the newest step folder: ``(step, state)``, or None where there is none.
+
+    A folder that cannot be read (a power cut, a bad disk) is put aside as ``damaged-*``, and ``DamagedCheckpoint``
+    raised: model and optimiser may then be half restored, and have to be built again.
+    """
     found = sorted(folder.glob("step-*"))
     if not found:
         return None
-    load_weights(model, found[-1] / "model.safetensors")
-    saved = torch.load(found[-1] / "training.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if "cuda" in saved["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+    newest = found[-1]
+    try:
+        saved = torch.load(newest / "training.pt", map_location="cpu", weights_only=True)
+        load_weights(model, newest / "model.safetensors")
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if "cuda" in saved["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+    except FileNotFoundError as error:
+        raise put_aside(newest, error) from error
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # says nothing about the files
+        raise
+    except Exception as error:  # whatever a damaged file makes of the readers
+        raise put_aside(newest, error) from error
     return saved["step"], saved["state"]
 
 
-def remove_steps(folder: Path) -> None:
-    """A finished run keeps its weights only."""
-    for step in (*folder.glob("step-*"), *folder.glob("partial-*")):
-        shutil.rmtree(step)
+def put_aside(step: Path, error: Exception) -> DamagedCheckpoint:
+    aside = step.with_name(f"damaged-{step.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    step.rename(aside)
+    return DamagedCheckpoint(f"checkpoint {step.name} cannot be read ({type(error).__name__}); put aside")

@@ -23,10 +23,12 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(model: HybridLM, corpus: Corpus, batch_size: int, device: torch.device, dtype: torch.dtype) -> Evaluation:
     """Mean loss over every token of the validation split but its first, and the mean of every gate on the way."""
-    shares: dict[int, list[tuple[float, Tensor]]] = {}
+    shares: dict[int, Tensor] = {}  # per block: sum over the predicted positions
+    real = torch.empty(0)  # which positions of the batch are text, not padding
 
     def observe(block: int, g: Tensor) -> None:
-        shares.setdefault(block, []).append((float(g.numel()), g.float().mean()))
+        per_position = g.float().mean(-1) if g.ndim else g.float()
+        shares[block] = shares.get(block, 0) + (per_position * real).sum().double()
 
     fusions = {i: block.fusion for i, block in enumerate(model.blocks) if hasattr(block, "fusion")}
     for i, fusion in fusions.items():
@@ -38,6 +40,7 @@ def evaluate(model: HybridLM, corpus: Corpus, batch_size: int, device: torch.dev
         for inputs, targets in corpus.val_batches(batch_size):
             tokens = torch.from_numpy(inputs).to(device)
             labels = torch.from_numpy(targets).to(device)
+            real = labels != IGNORE
             with autocast(device, dtype):
                 logits = model(tokens)
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -48,10 +51,5 @@ def evaluate(model: HybridLM, corpus: Corpus, batch_size: int, device: torch.dev
             fusion.observer = None
         model.train(was_training)
     nats = total.item()
-    gates = None
-    if shares:
-        gates = []
-        for _, seen in sorted(shares.items()):
-            weight = sum(n for n, _ in seen)
-            gates.append(sum(n * mean.item() for n, mean in seen) / weight)
+    gates = [total.item() / count for _, total in sorted(shares.items())] or None
     return Evaluation(nats / count, nats / math.log(2) / corpus.val_bytes, gates)

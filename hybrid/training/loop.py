@@ -21,6 +21,7 @@ from hybrid.model import HybridLM, autocast
 from hybrid.progress import RunProgress
 from hybrid.records import RunFolder, environment
 from hybrid.training import checkpoint
+from hybrid.training.board import Board
 from hybrid.training.evaluation import Evaluation, evaluate
 from hybrid.training.optimizer import GradientNorms, build_optimizer, set_lr
 from hybrid.training.schedule import lr_factor
@@ -70,6 +71,8 @@ class Trainer:
         self.device = torch.device(cfg.trainer.device)
         self.dtype = getattr(torch, cfg.trainer.dtype)
         kernels = {op: resolve_backend(op, getattr(cfg.kernels, op), self.device.type) for op in ("wkv6", "ssd")}
+        self.board: Board | None = None
+        self.asked_to_stop = False
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         self.environment = environment(name, kernels)
         self.model: HybridLM = build_model(cfg).to(self.device)
@@ -108,6 +111,9 @@ class Trainer:
             start, self.state = resumed
             self.progress.message(f"resumes after step {start}")
         self.folder.forget_after(start if resumed is not None else -1)
+        self.progress.begin(start)
+        if trainer.tensorboard:
+            self.board = Board(self.folder.path / "tensorboard", start + 1 if resumed is not None else 0)
         self._begun = time.monotonic() - self.state["wall_seconds"]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -151,9 +157,11 @@ class Trainer:
                     if asked and not last:
                         raise Interrupted(f"stopped after step {step}; the same command goes on from there")
                     clock, clock_step = time.monotonic(), step
+        self.asked_to_stop = stop.asked
         if status == "completed":
             checkpoint.save_weights(self.model, self.folder.checkpoints / "final.safetensors")
-        checkpoint.remove_steps(self.folder.checkpoints)
+        if self.board is not None:
+            self.board.close()
         return self.outcome(status, reason, step)
 
     def _update(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +201,7 @@ class Trainer:
         }
         if evaluation.gate_mean is not None:
             row["gate_mean"] = evaluation.gate_mean
-        self.folder.append(row)
+        self._record(row)
         if evaluation.loss < state["best_val_loss"]:
             state["best_val_loss"], state["best_step"] = evaluation.loss, step
             checkpoint.save_weights(self.model, self.folder.checkpoints / "best.safetensors")
@@ -205,7 +213,7 @@ class Trainer:
         if "grad_ratio" in parts:
             self.state["ratios"] = [*deque(self.state["ratios"], RATIO_WINDOW - 1), parts["grad_ratio"]]
         lr = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-        self.folder.append(
+        self._record(
             {
                 "kind": "train",
                 "step": step,
@@ -219,6 +227,11 @@ class Trainer:
                 "wall_seconds": self._wall(),
             }
         )
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.folder.append(row)
+        if self.board is not None:
+            self.board.add(row)
 
     def _save(self, step: int) -> None:
         self.state["wall_seconds"] = self._wall()

@@ -1,0 +1,475 @@
+"""The configuration: what it accepts, the one line that answers everything else, and what makes a run another run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from hybrid.config import (
+    CONF_DIR,
+    Config,
+    ConfigError,
+    DataConfig,
+    FusionConfig,
+    from_yaml,
+    group_options,
+    identity,
+    parse_count,
+    resolve,
+    schema_keys,
+    to_plain,
+    to_yaml,
+    unknown_key,
+    validate,
+)
+from tests.hybrid.configs import config, small
+
+
+def refused(*overrides: str) -> str:
+    """The message that a configuration is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        config(*overrides)
+    message = str(caught.value)
+    assert message and "\n" not in message and len(message) < 400, message
+    return message
+
+
+# ---- what can be chosen
+
+
+def choices() -> list[tuple[str, str]]:
+    groups = [
+        "model",
+        "fusion",
+        "init",
+        "data",
+        "optim",
+        "schedule",
+        "trainer",
+        "kernels",
+        "blocks",
+        "gate_init",
+        "sweep",
+    ]
+    assert {path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "__pycache__"} == {
+        *groups,
+        "hydra",
+    }
+    return [(group, option) for group in groups for option in group_options(group)]
+
+
+@pytest.mark.parametrize("group, option", choices(), ids=lambda value: value)
+def test_every_choice_is_valid_and_reads_back_the_same(group: str, option: str, tmp_path: Path) -> None:
+    cfg = config(f"{group}={option}")
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    again = from_yaml(tmp_path / "config.yaml")
+    assert again == cfg and identity(again) == identity(cfg)
+    if group not in ("blocks", "gate_init", "sweep", "trainer"):
+        assert getattr(cfg, group).name == option if group != "kernels" else cfg.kernels.wkv6 == option
+
+
+def test_files_of_a_group_say_the_schemas_defaults() -> None:
+    """A key that a file leaves out would silently take the schema's value; the two must agree."""
+    for group, option in (("optim", "adamw"), ("schedule", "cosine"), ("trainer", "default"), ("kernels", "auto")):
+        found = dataclasses.asdict(getattr(config(), group))
+        default = dataclasses.asdict({f.name: f for f in dataclasses.fields(Config)}[group].default_factory())
+        assert found == default, f"{group}={option}"
+        assert yaml.safe_load((CONF_DIR / group / f"{option}.yaml").read_text()).keys() == default.keys()
+    base = yaml.safe_load((CONF_DIR / "model" / "_base.yaml").read_text())
+    model = dataclasses.asdict(config("model=hybrid_5m").model)
+    assert {**base, "name": "hybrid_5m"} == model
+
+
+def test_blocks_and_gate_init_are_axes_of_their_own() -> None:
+    assert config("model=hybrid_6m", "blocks=p4").model.pattern == "P*4"
+    assert [config(f"gate_init={name}").fusion.gate_init for name in ("mamba_heavy", "balanced", "rwkv_heavy")] == [
+        0.3, 0.5, 0.7,
+    ]  # fmt: skip
+    assert config("fusion=gated_channel", "gate_init=rwkv_heavy").fusion.gate_init == 0.7
+
+
+def test_counts_can_be_written_as_people_do() -> None:
+    for written, count in {
+        "3.5M": 3_500_000, "5.2m": 5_200_000, "800K": 800_000, "1B": 10**9, "3.5e6": 3_500_000, "250000": 250_000,
+        3_500_000: 3_500_000, 4.5e6: 4_500_000, " 8M ": 8_000_000, "1": 1,
+    }.items():  # fmt: skip
+        assert parse_count("model.target_params", written) == count
+        assert isinstance(parse_count("model.target_params", written), int)
+    assert parse_count("model.target_params", None) is None
+
+
+# ---- what is refused
+
+# override(s) -> words that the message must have; the key itself is always one of them
+BAD = [
+    ("model.pattern=X", "unknown block"),
+    ("model.pattern=P*0", "repetition of 0"),
+    ("model.pattern=''", "empty pattern"),
+    ("model.pattern=5", "cannot read"),
+    ("model.d_model=4", "at least 8"),
+    ("model.d_model=-128", "at least 8"),
+    ("model.d_model=128.5", "Integer"),
+    ("model.d_model=wide", "Integer"),
+    ("model.d_model=true", "Integer"),
+    ("model.name=null", "None"),
+    ("model.dropout=1", "[0, 1)"),
+    ("model.dropout=-0.1", "[0, 1)"),
+    ("model.dropout=nan", "[0, 1)"),
+    ("model.ffn_hidden=0", "at least 1"),
+    ("model.ffn_mult=0", "above 0"),
+    ("model.ffn_mult=inf", "above 0"),
+    ("model.norm_eps=0", "above 0"),
+    ("model.target_params=-1", "3.5M"),
+    ("model.target_params=0", "3.5M"),
+    ("model.target_params=many", "3.5M"),
+    ("model.target_params=nan", "3.5M"),
+    ("model.target_params=5.2MM", "3.5M"),
+    ("model.target_params=[1]", "3.5M"),
+    ("model.target_params=true", "3.5M"),
+    ("model.branches=[rwkv]", "two branches"),
+    ("model.branches=[rwkv,mamba,rwkv]", "two branches"),
+    ("model.branches=[rwkv,mamba2]", "did you mean mamba?"),
+    ("model.branches=rwkv", ""),
+    ("model.rwkv.num_heads=0", "at least 1"),
+    ("model.rwkv.num_heads=3", ""),
+    ("model.rwkv.expand_k=0.3", "model.rwkv.num_heads=4"),
+    ("model.rwkv.expand_k=0", "num_heads"),
+    ("model.rwkv.expand_v=-1", "num_heads"),
+    ("model.rwkv.shift_low_rank=0", "at least 1"),
+    ("model.rwkv.decay_low_rank=0", "at least 1"),
+    ("model.mamba.state_size=0", "at least 1"),
+    ("model.mamba.head_dim=48", "expand*d_model=256"),
+    ("model.mamba.head_dim=0", "at least 1"),
+    ("model.mamba.expand=0", "at least 1"),
+    ("model.mamba.expand=1.5", "Integer"),
+    ("model.mamba.n_groups=3", "4 Mamba heads"),
+    ("model.mamba.conv_kernel=1", "2, 3 or 4"),
+    ("model.mamba.conv_kernel=5", "2, 3 or 4"),
+    ("fusion.name=gatd", "did you mean gated?"),
+    ("fusion.branch_norm=rmsnorm", "did you mean rms?"),
+    ("fusion.gate_init=0", "strictly between 0 and 1"),
+    ("fusion.gate_init=1", "strictly between 0 and 1"),
+    ("fusion.gate_init=nan", "strictly between 0 and 1"),
+    ("fusion.gate_init=half", "Float"),
+    ("fusion.gate_init=null", "needs it"),
+    ("init.name=offical", "did you mean official?"),
+    ("data.name=shakespear", "did you mean shakespeare?"),
+    ("data.tokenizer=word", "char, bpe"),
+    ("data.seq_len=0", "at least 1"),
+    ("data.vocab_size=256", "at least 257"),
+    ("data.val_fraction=0", "between 0 and 1"),
+    ("data.val_fraction=1", "between 0 and 1"),
+    ("data.works=hamlet", ""),
+    ("optim.name=sgd", "adamw"),
+    ("optim.lr=0", "above 0"),
+    ("optim.lr=-1", "above 0"),
+    ("optim.lr=nan", "above 0"),
+    ("optim.lr=inf", "above 0"),
+    ("optim.lr=fast", "Float"),
+    ("optim.eps=0", "above 0"),
+    ("optim.betas=[0.9]", "two numbers"),
+    ("optim.betas=[0.9,1.0]", "[0, 1)"),
+    ("optim.betas=[nan,0.9]", "[0, 1)"),
+    ("optim.betas=0.9", ""),
+    ("optim.weight_decay=-0.1", "at least 0"),
+    ("optim.grad_clip=-1", "at least 0"),
+    ("optim.rwkv_lr_mult=-1", "at least 0"),
+    ("optim.mamba_lr_mult=inf", "at least 0"),
+    ("optim.fusion_lr_mult=nan", "at least 0"),
+    ("schedule.name=cosin", "did you mean cosine?"),
+    ("schedule.warmup_steps=-1", "at least 0"),
+    ("schedule.warmup_steps=5000", "below trainer.max_steps=5000"),
+    ("schedule.min_lr_ratio=1.1", "[0, 1]"),
+    ("schedule.min_lr=1", "optim.lr=0.0003"),
+    ("trainer.max_steps=0", "at least 1"),
+    ("trainer.max_steps=1.5", "Integer"),
+    ("trainer.batch_size=0", "at least 1"),
+    ("trainer.grad_accum=0", "at least 1"),
+    ("trainer.eval_every=0", "at least 1"),
+    ("trainer.eval_batch_size=0", "at least 1"),
+    ("trainer.log_every=0", "at least 1"),
+    ("trainer.checkpoint_every=0", "at least 1"),
+    ("trainer.device=gpu", "cuda"),
+    ("trainer.device=cuda:x", "cuda:N"),
+    ("trainer.dtype=float16", "bfloat16"),
+    ("trainer.compile=maybe", "bool"),
+    ("kernels.wkv6=triton", "torch, fla"),
+    ("kernels.ssd=fla", "mamba_ssm"),
+    ("sweep.name=../x", "letters, digits"),
+    ("sweep.seeds=[a]", "Integer"),
+    ("display.progress=on", "auto, bar, plain, off"),
+    ("seed_init=x", "Integer"),
+    ("seed_data=null", ""),
+    ("model.rwkv.expand_k=nan", ""),
+    ("model.rwkv.expand_v=inf", ""),
+    ("model.vocab_size=0", ""),
+    ("model.vocab_size=-5", ""),
+    ("seed_data=-1", ""),
+    ("init.name='a\n\nb'", ""),
+]
+
+
+@pytest.mark.parametrize("override, words", BAD)
+def test_bad_value_is_refused_in_a_line_that_names_the_key(override: str, words: str) -> None:
+    message = refused(override)
+    key = override.partition("=")[0]
+    assert key in message and words in message, message
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (("model=transformer", "model.attention.num_heads=0"), "model.attention.num_heads must be at least 1"),
+        (("model=transformer", "model.attention.num_heads=3"), "model.attention.num_heads=3"),
+        (("model=transformer", "model.attention.num_heads=128"), "even heads"),
+        (("model.ffn_hidden=10", "model.target_params=5M"), "model.ffn_hidden and model.target_params exclude"),
+        (("fusion=gain", "gate_init=balanced"), "fusion.gate_init=0.5 has no effect with fusion=gain"),
+        (("fusion=gain", "fusion.gain_init=[1]"), "fusion.gain_init must be two numbers"),
+        (("fusion=gain", "fusion.gain_init=[1,x]"), "fusion.gain_init[1]"),
+        (("fusion=gain", "fusion.window=8"), "fusion.window=8 has no effect with fusion=gain"),
+        (("fusion=weighted", "fusion.weight_init=2"), "fusion.weight_init must be strictly between 0 and 1"),
+        (("fusion=concat", "fusion.proj_init=eye"), "fusion.proj_init must be one of identity, random"),
+        (("fusion=residual", "fusion.proj_init=randm"), "did you mean random?"),
+        (("fusion=cross_attention", "fusion.window=0"), "fusion.window must be at least 1"),
+        (("fusion=cross_attention", "fusion.num_heads=0"), "fusion.num_heads must be at least 1"),
+        (("fusion=cross_attention", "fusion.head_dim=null"), "fusion.head_dim is not set"),
+        (("data=text", "data.works=[hamlet]"), "data.works goes with data=shakespeare only"),
+        (("fusion=gain", "fusion.gain_init=[nan,1]"), "fusion.gain_init"),
+        (("model=transformer", "model.attention.rope_base=0"), "model.attention.rope_base"),
+        (("model=transformer", "model.attention.rope_base=-3"), "model.attention.rope_base"),
+        (("model=transformer", "model.attention.rope_base=nan"), "model.attention.rope_base"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_that_do_not_go_together(overrides: tuple[str, ...], words: str) -> None:
+    assert words in refused(*overrides)
+
+
+def test_sizes_of_absent_branches_are_not_asked_for() -> None:
+    """``model.rwkv`` stands in every configuration; only a model that has it must get on with it."""
+    assert config("model=mamba2", "model.d_model=120", "model.rwkv.num_heads=7", "model.mamba.head_dim=48")
+    assert config("model=rwkv6", "model.mamba.head_dim=77", "model.attention.num_heads=7")
+    assert config("model=transformer", "model.rwkv.expand_k=0.3", "model.mamba.n_groups=9")
+    assert config("model.pattern=P", "model.branches=[mamba,mamba]", "model.rwkv.num_heads=7")
+    assert "num_heads=7" in refused("model=rwkv_rwkv", "model.rwkv.num_heads=7")
+
+
+@pytest.mark.parametrize(
+    "plain, words",
+    [
+        ({"modle": {"name": "x"}}, "unknown key 'modle'; did you mean 'model'?"),
+        ({"model": {"patern": "P"}}, "unknown key 'model.patern'; did you mean 'model.pattern'?"),
+        ({"model": {"mamba": {"stat_size": 1}}}, "did you mean 'model.mamba.state_size'?"),
+        ({"optim": {"learning_rate": 1}}, "unknown key 'optim.learning_rate'"),
+        ({"optim": {"rwkv_lr_mul": 1}}, "did you mean 'optim.rwkv_lr_mult'?"),
+        ({"trainer": {"lr": 1}}, "did you mean 'optim.lr'?"),
+        ({"trainer": {"seq_len": 1}}, "did you mean 'data.seq_len'?"),
+        ({"zzzzqqq": 1}, "--help lists the keys"),
+        ({}, "model.name is not set"),
+        ({"model": {"name": "x"}}, "fusion.name is not set"),
+        ({"model": {"name": "x"}, "fusion": {"name": "gain", "gain_init": [1, 1]}}, "data.name is not set"),
+        ({"model": None}, "model"),
+        ({"model": {"name": "${nope}"}}, "model.name"),
+        ({"model": 5}, "model:"),
+        ({"optim": [1]}, "optim:"),
+        ({"out": "${nope}"}, "out"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_structure(plain: dict, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(OmegaConf.create(plain))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_key_knows_keys_of_other_choices() -> None:
+    assert unknown_key("fusion.gate_init") == "fusion.gate_init has no effect with this choice of fusion; leave it out"
+    assert unknown_key("data.seqlen") == "unknown key 'data.seqlen'; did you mean 'data.seq_len'?"
+    assert unknown_key("seed_int") == "unknown key 'seed_int'; did you mean 'seed_init'?"
+    keys = schema_keys()
+    assert len(keys) == len(set(keys)) and {"model", "model.rwkv.expand_k", "seed_init", "sweep.arms"} <= set(keys)
+
+
+def test_checking_changes_nothing_but_the_written_count() -> None:
+    cfg = config("model.target_params=5.2M")
+    assert cfg.model.target_params == 5_200_000
+    before = copy.deepcopy(cfg)
+    validate(cfg)
+    assert cfg == before
+
+
+# ---- reading back
+
+
+def test_options_read_back_the_same(tmp_path: Path) -> None:
+    cfg = config(
+        "fusion=gain", "fusion.gain_init=[0.7,0.3]", "model.target_params=5.2M", "variant='a: b'", "optim.lr=1e-5"
+    )
+    assert (cfg.model.target_params, cfg.optim.lr) == (5_200_000, 1e-5)
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert from_yaml(tmp_path / "config.yaml") == cfg
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "model.name is not set"),
+        (b"5", "cannot read"),
+        (b"[1, 2]", "holds no configuration"),
+        (b"model: {", "cannot read"),
+        (b"seed_init: 1\nseed_init: 2", "cannot read"),
+        (b"model: {patern: P}", "did you mean 'model.pattern'?"),
+        (b"\xff\xfe\x00", "cannot read"),
+        (b"out: '${'", ""),
+    ],
+    ids=str,
+)
+def test_files_that_are_no_configuration(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="cannot read") as caught:
+            from_yaml(path)
+        assert str(path) in str(caught.value)
+
+
+# ---- identity
+
+
+def changed(cfg: Config, key: str) -> Config:
+    """The configuration with another value under a dotted key, of the right type but unchecked."""
+    cfg = copy.deepcopy(cfg)
+    *parents, leaf = key.split(".")
+    node = cfg
+    for parent in parents:
+        node = getattr(node, parent)
+    value = getattr(node, leaf)
+    if isinstance(value, bool):
+        other = not value
+    elif isinstance(value, int | float):
+        other = value + 1
+    elif isinstance(value, list):
+        other = [*value, *value, 1]
+    elif isinstance(value, dict):
+        other = {**value, "x": ["y"]}
+    else:  # a string, or an option that is not set
+        other = "other"
+    setattr(node, leaf, other)
+    return cfg
+
+
+LEAVES = [key for key in schema_keys() if not any(other.startswith(f"{key}.") for other in schema_keys())]
+# Names, places and what a person sees; everything else can change a result.
+NO_IDENTITY = {"variant", "out", "data.path", "data.cache_dir", "trainer.checkpoint_every", "trainer.tensorboard"}
+
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_identity_reacts_to_what_can_change_a_result(key: str) -> None:
+    cfg = config()
+    same = identity(cfg) == identity(changed(cfg, key))
+    assert same == (key in NO_IDENTITY or key.startswith(("display.", "sweep.")))
+
+
+def test_identity_does_not_depend_on_how_it_was_written() -> None:
+    one, other = config("model.target_params=5.2M"), config("model.target_params=5.2e6")
+    assert identity(one) == identity(other)
+    assert identity(config("fusion=gated", "fusion.gate_init=0.5")) == identity(config("gate_init=balanced"))
+    assert identity(config("blocks=p8")) == identity(config())
+    cfg = config()
+    plain = to_plain(cfg)
+    identity(cfg)
+    assert to_plain(cfg) == plain  # asking leaves it as it was
+
+
+def test_identity_of_small_differences() -> None:
+    found = [
+        identity(small(*overrides))
+        for overrides in (
+            (),
+            ("seed_init=1",),
+            ("seed_data=1",),
+            ("optim.lr=0.0003000001",),
+            ("init=fla",),
+            ("fusion=gain",),
+        )
+    ]
+    assert all(a != b for a, b in itertools.combinations(found, 2))
+
+
+# ---- the composed configuration, by Hydra itself
+
+
+def by_hydra(*overrides: str) -> Config:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return resolve(compose("config", list(overrides)))
+
+
+def test_tests_own_composition_is_hydras() -> None:
+    overrides = ("model=tiny", "fusion=gain", "fusion.gain_init=[0.7,0.3]", "model.pattern='R M*2'", "optim.lr=0.01",
+                 "model.target_params=1M", "schedule.min_lr=null", "trainer.compile=true", "variant=x")  # fmt: skip
+    assert config(*overrides) == by_hydra(*overrides)
+    assert config() == by_hydra()
+    defaults = config()
+    assert (defaults.model.name, defaults.fusion.name, defaults.fusion.gate_init) == ("hybrid_5m", "gated", 0.3)
+    assert (defaults.init.name, defaults.data.name, defaults.data.seq_len) == ("official", "shakespeare", 1024)
+    assert (defaults.optim.lr, defaults.schedule.warmup_steps, defaults.trainer.max_steps) == (3e-4, 2000, 5000)
+    assert (defaults.out, defaults.seed_init, defaults.seed_data, defaults.sweep.name) == ("outputs", 0, 0, None)
+
+
+def test_every_fusion_file_has_exactly_its_options() -> None:
+    own = {
+        "gain": {"gain_init"}, "weighted": {"weight_init"}, "gated": {"gate_init"}, "gated_channel": {"gate_init"},
+        "concat": {"proj_init"}, "residual": {"proj_init"}, "cross_attention": {"num_heads", "head_dim", "window"},
+    }  # fmt: skip
+    options = {field.name for field in dataclasses.fields(FusionConfig)}
+    for name in group_options("fusion"):
+        given = yaml.safe_load((CONF_DIR / "fusion" / f"{name}.yaml").read_text()).keys()
+        assert given == {"name", "branch_norm"} | own[name] and given <= options
+
+
+def test_data_defaults() -> None:
+    assert dataclasses.replace(config().data, name="text") == DataConfig(name="text")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("fusion=gatd",), "did you mean gated?"),
+        (("model.patern=P",), "did you mean 'model.pattern'?"),
+        (("fusion=gain", "fusion.gate_init=0.5"), "fusion.gate_init has no effect"),
+        (("model.rwkv.num_heads=0",), "model.rwkv.num_heads must be at least 1"),
+        (("model.rwkv.expand_k=nan",), "model.rwkv.expand_k"),
+    ],
+    ids=str,
+)
+def test_command_line_answers_within_two_seconds_and_without_torch(arguments: tuple[str, ...], words: str) -> None:
+    """Processor time, so that a busy machine does not fail it."""
+    code = (
+        "import sys, time; from hybrid.train import main\n"
+        "try: main()\n"
+        "finally: print(time.process_time(), 'torch' in sys.modules, 'fla' in sys.modules)"
+    )
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=CONF_DIR.parent, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+    seconds, *loaded = done.stdout.split()
+    assert loaded == ["False", "False"] and float(seconds) < 2 and time.monotonic() - begun < 30
