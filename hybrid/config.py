@@ -144,6 +144,7 @@ class TrainerConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = "auto"  # auto (bfloat16 autocast on CUDA, float32 on CPU) | float32 | bfloat16
     compile: bool = False
+    cpu_threads: int | None = None  # PyTorch's own choice where it is not set; 1 is fastest for small models
     tensorboard: bool = False
 
 
@@ -261,6 +262,8 @@ def validate(cfg: Config) -> None:
         raise ConfigError(
             f"schedule.warmup_steps={schedule.warmup_steps} must be below trainer.max_steps={trainer.max_steps}"
         )
+    if trainer.cpu_threads is not None:
+        _at_least("trainer.cpu_threads", trainer.cpu_threads, 1)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", trainer.device):
         raise ConfigError(f"trainer.device must be auto, cpu, cuda or cuda:N, got '{trainer.device}'")
     _one_of("trainer.dtype", trainer.dtype, ["auto", "float32", "bfloat16"])

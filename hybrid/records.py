@@ -89,7 +89,7 @@ class RunFolder:
     """``{out}/{sweep}/{variant}-{8 of run_id}``: one folder per run, never used by another configuration."""
 
     def __init__(self, cfg: Config, identifier: str, variant: str) -> None:
-        root = Path(cfg.out) / (cfg.sweep.name or "single")
+        root = Path(cfg.out).expanduser() / (cfg.sweep.name or "single")
         self.path = root / f"{variant}-{identifier[:8]}"
         if not self.path.exists():  # the same run may be there under another name, from a wider sweep, say
             others = [path for path in root.glob(f"*-{identifier[:8]}") if (path / "config.yaml").exists()]

@@ -13,7 +13,7 @@ import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -44,12 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
         print_help()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
-    # Threads that spin while they wait take the cores from other processes: with four at work on two cores, a step
-    # of a small model took 3 to 6 times as long. Must be set before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for_hydra, for_sweeper = hold_back(arguments)
     sys.argv = [sys.argv[0], *for_hydra]
     try:
+        if "-m" in arguments and any(re.match("--cfg|-c$", a) for a in arguments):
+            raise ConfigError("--cfg shows the configuration of one run; leave -m out")
         check_choices(arguments)
         register(for_sweeper)
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
@@ -94,6 +93,8 @@ def job(composed: DictConfig) -> dict | None:
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         cfg = resolve(composed)
+        if single and (cfg.sweep.arms or cfg.sweep.grid or cfg.sweep.seeds):
+            raise ConfigError(f"sweep={cfg.sweep.name} is a comparison of several runs: add -m")
         run = plan(cfg, check_data(cfg), variant_name(cfg, overrides))
         if run.ended and cfg.display.progress != "off":
             print(f"already there: {run.folder.path}")
@@ -108,8 +109,8 @@ def job(composed: DictConfig) -> dict | None:
 
 
 def conclude(cfg: Config, run: PlannedRun, summary: dict) -> None:
-    if summary["status"] == "failed":
-        fail(f"the run failed: {summary['stop_reason']} (log: {run.folder.log})", 1)
+    if summary["status"] in ("failed", "diverged"):
+        fail(f"the run {summary['status']}: {summary['stop_reason']} (log: {run.folder.log})", 1)
     if cfg.display.progress != "off":
         best = summary.get("best_val_loss")
         loss = f", best validation loss {best:.4f} nats at step {summary['best_step']}" if best is not None else ""
@@ -122,9 +123,10 @@ def check_choices(arguments: list[str]) -> None:
         group, _, value = argument.partition("=")
         if not re.fullmatch(r"\w+", group) or not (CONF_DIR / group).is_dir():
             continue
-        empty = value.lower() == "null" and group not in ("blocks", "gate_init")
-        if empty or re.fullmatch(r"[\d.,eE+-]+|true|false", value, re.IGNORECASE):
-            raise ConfigError(f"{group}={value}: no such choice (there are {', '.join(group_options(group))})")
+        for choice in value.lower().split(","):
+            empty = choice == "null" and group not in ("blocks", "gate_init")
+            if empty or re.fullmatch(r"[\d.e+-]+|true|false", choice):
+                raise ConfigError(f"{group}={choice}: no such choice (there are {', '.join(group_options(group))})")
 
 
 def explain(error: Exception) -> str:
@@ -137,6 +139,8 @@ def explain(error: Exception) -> str:
         near = difflib.get_close_matches(option, options, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{group}={option}: no such choice{hint} (there are {', '.join(options)})"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read '{error.override}': quote special characters, e.g. \"data.path='a b'\""
     key = re.search(r"Could not override '([\w./]+)'", text)
     return unknown_key(key.group(1)) if key else text
 

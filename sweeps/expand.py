@@ -79,11 +79,20 @@ def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
         axes.append([Choice("", tuple(f"{key}={seed}" for key in SEED_KEYS)) for seed in sweep.seeds])
 
     combinations = list(itertools.product(*axes))
+    if any(choice.name for axis in axes for choice in axis) and ("variant" in fixed or "variant" in given):
+        raise ConfigError("variant names a single arm; these are named by their axes: leave it out")
     names = arm_names(["-".join(choice.name for choice in combination if choice.name) for combination in combinations])
     return [
         Job(name, (*fixed.values(), *(line for choice in combination for line in choice.overrides)))
         for name, combination in zip(names, combinations, strict=True)
     ]
+
+
+def name_of_axes(arguments: list[str]) -> str:
+    """The folder of a sweep without a name: ``fusion=a,b optim.lr=1,2 seed_init=0,1`` goes to multirun-fusion-lr."""
+    overrides = OverridesParser.create(config_loader=Groups()).parse_overrides(overrides=arguments)
+    axes = [key_of(o).rsplit(".", 1)[-1] for o in overrides if o.is_sweep_override() and key_of(o) not in SEED_KEYS]
+    return safe_name("-".join(["multirun", *axes]))
 
 
 def arm_names(wanted: list[str]) -> list[str | None]:

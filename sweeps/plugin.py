@@ -24,7 +24,7 @@ from hybrid.config import ConfigError, SweepConfig, read_composed, resolve
 from hybrid.data import Corpus, prepare
 from hybrid.records import RunFolder, code_version, variant_name, write_atomically
 from hybrid.run import PlannedRun, SweepFailed, fit_to_corpus, plan
-from sweeps.expand import Job, expand
+from sweeps.expand import Job, expand, name_of_axes
 
 SCHEMA = "groundthink.sweep/1"
 
@@ -46,8 +46,10 @@ class Sweeper(HydraSweeper):
 
     def sweep(self, arguments: list[str]) -> list[Any]:
         sweep = read_composed(self.config).sweep
-        jobs = expand(sweep, [*arguments, *self.held_back])
-        runs = self.plan_runs(jobs)
+        arguments = [*arguments, *self.held_back]
+        jobs = expand(sweep, arguments)
+        sweep.name = sweep.name or name_of_axes(arguments)
+        runs = self.plan_runs(jobs, sweep.name)
         check_baseline(sweep, runs)
         root = runs[0].folder.path.parent
         write_sweep_file(root, sweep, jobs, runs)
@@ -58,7 +60,7 @@ class Sweeper(HydraSweeper):
         arms = {run.variant for run in runs}
         done = f", {len(runs) - len(todo)} already done" if len(todo) < len(runs) else ""
         console.print(
-            f"{sweep.name or 'multirun'}: {len(runs)} runs ({len(arms)} arms x {len(seeds)} seeds){done} -> {root}",
+            f"{sweep.name}: {len(runs)} runs ({len(arms)} arms x {len(seeds)} seeds){done} -> {root}",
             soft_wrap=True,
             markup=False,
         )
@@ -76,13 +78,13 @@ class Sweeper(HydraSweeper):
         conclude(console, runs, errors)
         return returns
 
-    def plan_runs(self, jobs: list[Job]) -> list[PlannedRun]:
+    def plan_runs(self, jobs: list[Job], name: str) -> list[PlannedRun]:
         """Every run's configuration checked, data prepared, identity known. Raises for the first that cannot run."""
         loader = self.hydra_context.config_loader
         configs = []
         for job in jobs:
             cfg = resolve(loader.load_sweep_config(self.config, list(job.overrides)))
-            cfg.sweep.name = cfg.sweep.name or "multirun"
+            cfg.sweep.name = name
             configs.append(cfg)
         corpora: dict[str, Corpus] = {}
         for cfg in configs:
@@ -129,10 +131,10 @@ def write_sweep_file(root: Path, sweep: SweepConfig, jobs: list[Job], runs: list
         }
         for job, run in zip(jobs, runs, strict=True)
     ]
-    now = {entry["folder"] for entry in entries}
+    now = {arm_and_seeds(entry) for entry in entries} | {entry["folder"] for entry in entries}
     for old in read_sweep_file(root):
         current = old.get("code_version") == code_version() or (root / old["folder"] / "summary.json").exists()
-        if old["folder"] not in now and current:
+        if old["folder"] not in now and arm_and_seeds(old) not in now and current:
             entries.append(old)
     facts = {
         "schema": SCHEMA,
@@ -144,6 +146,10 @@ def write_sweep_file(root: Path, sweep: SweepConfig, jobs: list[Job], runs: list
         "runs": entries,
     }
     write_atomically(root / "sweep.json", json.dumps(facts, indent=1) + "\n")
+
+
+def arm_and_seeds(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return entry.get("variant"), entry.get("seed_init"), entry.get("seed_data")
 
 
 def read_sweep_file(root: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hybrid.records import remove_step
@@ -28,7 +29,10 @@ class DamagedCheckpoint(RuntimeError):
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights in one go: a reader sees the old file or the new one, never a part."""
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, partial)
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, partial)
+    except SafetensorError as error:  # all that can go wrong in writing is the disk
+        raise OSError(f"cannot write {partial}: {error}") from error
     flush(partial)
     os.replace(partial, path)
 

@@ -68,6 +68,8 @@ class Trainer:
 
     def __init__(self, cfg: Config, corpus: Corpus, folder: RunFolder, progress: RunProgress) -> None:
         self.cfg, self.corpus, self.folder, self.progress = cfg, corpus, folder, progress
+        if cfg.trainer.cpu_threads is not None:
+            torch.set_num_threads(cfg.trainer.cpu_threads)
         self.device = torch.device(cfg.trainer.device)
         self.dtype = getattr(torch, cfg.trainer.dtype)
         kernels = {op: resolve_backend(op, getattr(cfg.kernels, op), self.device.type) for op in ("wkv6", "ssd")}
@@ -144,7 +146,9 @@ class Trainer:
                     if log or not finite:
                         self._log(step, losses[-1], norms, speed)
                     if not finite:
-                        status, reason = "diverged", f"training loss not finite at step {step}"
+                        first = next(i for i, value in enumerate(losses) if not math.isfinite(value))
+                        status = "diverged"
+                        reason = f"training loss not finite at step {step - len(losses) + 1 + first}"
                         break
                     self.progress.step(step, losses[-1], speed)
                     if due:

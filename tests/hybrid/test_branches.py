@@ -406,7 +406,7 @@ def test_branch_on_cuda_is_the_branch_on_a_cpu(name: str, dtype: str) -> None:
     x, direction = noise(2, 100, 128), noise(2, 100, 128, seed=2)
     results = []
     for device in ("cpu", "cuda"):
-        module, inputs = copy.deepcopy(branch).to(device), x.to(device).requires_grad_()
+        module, inputs = copy.deepcopy(branch).to(device), x.detach().to(device).requires_grad_()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda" and dtype == "bfloat16"):
             out = module(inputs)[0]
         (out.float() * direction.to(device)).sum().backward()

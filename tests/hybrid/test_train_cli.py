@@ -292,7 +292,8 @@ def test_paths_with_spaces_quotes_and_other_scripts(small: Setting, tmp_path: Pa
 
 def test_a_diverged_run_says_so(small: Setting) -> None:
     answer = cli(small.with_("optim.lr=1e9", "optim.grad_clip=0", "schedule.warmup_steps=0"))
-    assert "diverged: training loss not finite at step " in answer.out and "record in" in answer.out
+    assert answer.code == 1 and "diverged: training loss not finite at step " in answer.out
+    assert answer.err.startswith("error: the run diverged: ") and answer.err.count("\n") == 1
     assert strict_json((only_folder(small.out) / "summary.json").read_text())["status"] == "diverged"
 
 

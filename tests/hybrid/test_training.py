@@ -922,6 +922,8 @@ def test_the_newest_of_two_checkpoints_is_taken(
     (old / "training.pt").write_bytes(b"half gone")
     assert newest.name == "step-00000006"
     assert_same_run(*small.run("model.dropout=0.1"), reference)
+    log = folder.log.read_text()
+    assert "resumes after step 6" in log and "cannot be read" not in log
 
 
 def test_a_checkpoint_of_another_model_is_refused(small: Setting, tmp_path: Path) -> None:
