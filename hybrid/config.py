@@ -166,6 +166,8 @@ class SweepConfig:
     arms: dict[str, list[str]] = field(default_factory=dict)  # name -> overrides
     grid: dict[str, list[Any]] = field(default_factory=dict)  # key -> values, all combinations
     seeds: list[int] | None = None  # each sets seed_init and seed_data
+    retry_failed: bool = False  # run failed runs again
+    dry_run: bool = False  # only list the runs, with an estimate of their time
 
 
 @dataclass

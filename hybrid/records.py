@@ -117,6 +117,17 @@ class RunFolder:
                 raise RunBusy(f"{self.path} is being run by another process") from error
             yield
 
+    @property
+    def busy(self) -> bool:
+        """Whether a process holds the folder right now."""
+        if not self.path.exists():
+            return False
+        try:
+            with self.lock():
+                return False
+        except RunBusy:
+            return True
+
     def summary(self) -> dict[str, Any] | None:
         """The record of an ended run, None while there is none that can be read."""
         try:

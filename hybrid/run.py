@@ -6,7 +6,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid.config import Config, ConfigError
+from hybrid.config import Config, ConfigError, DisplayConfig
 from hybrid.data import Corpus, prepare
 from hybrid.progress import RunProgress
 from hybrid.records import RunFolder, describe_run, run_id
@@ -35,9 +35,14 @@ class PlannedRun:
     folder: RunFolder
 
     @property
-    def ended(self) -> bool:
+    def status(self) -> str | None:
+        """The status in the run's record; None while there is none."""
         summary = self.folder.summary()
-        return summary is not None and summary.get("status") in ENDED and summary.get("run_id") == self.run_id
+        return summary.get("status") if summary is not None and summary.get("run_id") == self.run_id else None
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ENDED
 
 
 def check_data(cfg: Config) -> Corpus:
@@ -107,6 +112,14 @@ def execute(run: PlannedRun, overrides: list[str]) -> dict[str, Any]:
         if asked_to_stop:
             raise KeyboardInterrupt("stopped after the last step; this run is done")
         return folder.summary()
+
+
+def probe(run: PlannedRun, steps: int = 3) -> float:
+    """Seconds that the run would take, from a few of its training steps and one validation batch. Writes nothing."""
+    from hybrid.training.loop import Trainer
+
+    silent = RunProgress(run.variant, run.cfg.trainer.max_steps, DisplayConfig(progress="off"), lambda _: None)
+    return Trainer(run.cfg, run.corpus, run.folder, silent).estimate(steps)
 
 
 def train(run: PlannedRun, progress: RunProgress) -> tuple[dict[str, Any], bool]:

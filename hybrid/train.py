@@ -31,6 +31,7 @@ Train one model, or sweep over many.
   python -m hybrid.train model=tiny fusion=gated fusion.gate_init=0.5 trainer.max_steps=200 schedule.warmup_steps=20
   python -m hybrid.train -m fusion=gated,gain seed_init=0,1     every combination
   python -m hybrid.train -m sweep=smoke                         a named comparison (conf/sweep/)
+  python -m hybrid.train -m sweep=smoke --dry-run               its runs, sizes and estimated time; trains nothing
   python -m hybrid.train --cfg job ...                          print the configuration and stop
 
 A run goes to OUT/SWEEP/VARIANT-ID/, and the same command finds it there: an ended run is not repeated, an interrupted
@@ -65,9 +66,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def tidy(arguments: list[str]) -> list[str]:
-    """``+sweep=NAME`` as ``sweep=NAME``, and -m first: Hydra wants all overrides on one side of it."""
+    """``+sweep=NAME`` as ``sweep=NAME``, --dry-run as its key, and -m first: Hydra wants all overrides after it."""
     multirun = [a for a in arguments if a == "-m" or (a.startswith("--mu") and "--multirun".startswith(a))]
     rest = [re.sub(r"^\+sweep=", "sweep=", a) for a in arguments if a not in multirun]
+    rest = ["sweep.dry_run=true" if a == "--dry-run" else a for a in rest]
     return ["-m", *rest] if multirun else rest
 
 
@@ -100,6 +102,9 @@ def job(composed: DictConfig) -> dict | None:
             print(f"already there: {run.folder.path}")
         summary = execute(run, overrides)
     except (ConfigError, DataError, RunBusy, OSError) as error:
+        if isinstance(error, RunBusy) and not single:
+            print(error, flush=True)  # someone else's sweep is at it; this one goes on with the next run
+            return None
         if single:
             fail(describe(error) if isinstance(error, OSError) else str(error), 2)
         raise

@@ -22,8 +22,10 @@ from rich.text import Text
 
 from hybrid.config import ConfigError, SweepConfig, read_composed, resolve
 from hybrid.data import Corpus, prepare
-from hybrid.records import RunFolder, code_version, variant_name, write_atomically
-from hybrid.run import PlannedRun, SweepFailed, fit_to_corpus, plan
+from hybrid.progress import duration
+from hybrid.records import code_version, variant_name, write_atomically
+from hybrid.run import ENDED, PlannedRun, SweepFailed, fit_to_corpus, plan, probe
+from hybrid.sizes import count_params
 from sweeps.expand import Job, expand, name_of_axes
 
 SCHEMA = "groundthink.sweep/1"
@@ -52,18 +54,15 @@ class Sweeper(HydraSweeper):
         runs = self.plan_runs(jobs, sweep.name)
         check_baseline(sweep, runs)
         root = runs[0].folder.path.parent
+        console = Console(highlight=False)
+        skipped = ENDED if sweep.retry_failed else (*ENDED, "failed")
+        todo = [i for i, run in enumerate(runs) if run.status not in skipped]
+        console.print(headline(sweep, runs, len(runs) - len(todo)), soft_wrap=True, markup=False)
+        if sweep.dry_run:
+            show_plan(console, runs)
+            return []
         write_sweep_file(root, sweep, jobs, runs)
 
-        todo = [i for i, run in enumerate(runs) if not run.ended]
-        console = Console(highlight=False)
-        seeds = {(run.cfg.seed_init, run.cfg.seed_data) for run in runs}
-        arms = {run.variant for run in runs}
-        done = f", {len(runs) - len(todo)} already done" if len(todo) < len(runs) else ""
-        console.print(
-            f"{sweep.name}: {len(runs)} runs ({len(arms)} arms x {len(seeds)} seeds){done} -> {root}",
-            soft_wrap=True,
-            markup=False,
-        )
         started = time.time()
         batch = []
         for number, i in enumerate(todo, start=1):
@@ -161,32 +160,66 @@ def read_sweep_file(root: Path) -> list[dict[str, Any]]:
         return []
 
 
+def headline(sweep: SweepConfig, runs: list[PlannedRun], done: int) -> str:
+    seeds = {(run.cfg.seed_init, run.cfg.seed_data) for run in runs}
+    arms = {run.variant for run in runs}
+    already = f", {done} already done" if done else ""
+    root = runs[0].folder.path.parent
+    return f"{sweep.name}: {len(runs)} runs ({len(arms)} arms x {len(seeds)} seeds){already} -> {root}"
+
+
+def show_plan(console: Console, runs: list[PlannedRun]) -> None:
+    """Every run with parameters, tokens, estimated time (measured once per arm) and status."""
+    table = Table()
+    for column in ("run", "seed", "parameters", "tokens", "time", "status"):
+        table.add_column(column, overflow="fold", justify="left" if column in ("run", "status") else "right")
+    measured: dict[str, float] = {}
+    left = 0.0
+    for run in runs:
+        if run.variant not in measured:
+            measured[run.variant] = probe(run)
+        trainer = run.cfg.trainer
+        tokens = trainer.max_steps * trainer.batch_size * trainer.grad_accum * run.cfg.data.seq_len
+        left += 0 if run.status in ENDED else measured[run.variant]
+        counts = count_params(run.cfg)
+        cells = (run.variant, str(run.cfg.seed_init), f"{counts['total']:,}", f"{tokens:,}",
+                 duration(measured[run.variant]), run.status or "to do")  # fmt: skip
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+    console.print(f"about {duration(left)} left, one run after another on this machine as busy as it is now")
+
+
 def conclude(console: Console, runs: list[PlannedRun], errors: dict[int, Any]) -> None:
-    """Print what became of the runs. Raises ``SweepFailed`` if any has no good record."""
-    bad = []
+    """Print what became of the runs. Raises ``SweepFailed`` if any failed, diverged or is unfinished."""
+    rows = []
     for i, run in enumerate(runs):
-        summary = run.folder.summary() or {}
-        status = summary.get("status", "unfinished")
-        if status not in ("completed", "stopped"):
-            reason = summary.get("stop_reason") or (str(errors[i]).splitlines()[0] if i in errors else "")
-            bad.append((run.variant, str(run.cfg.seed_init), status, reason, folder_log(run.folder)))
-    console.print(f"{len(runs) - len(bad)} of {len(runs)} runs have a record")
-    if not bad:
+        status, reason = run.status, (run.folder.summary() or {}).get("stop_reason") or ""
+        if status in ("completed", "stopped"):
+            continue
+        if status is None and i in errors:
+            reason = str(errors[i]).splitlines()[0]
+        elif status is None and run.folder.busy:
+            status, reason = "elsewhere", "another process is running it"
+        rows.append((run, status or "unfinished", reason))
+    console.print(f"{len(runs) - len(rows)} of {len(runs)} runs have a record")
+    if not rows:
         return
     table = Table()
     for column in ("run", "seed", "status", "reason"):
         table.add_column(column, overflow="fold")
-    for *row, _ in bad:
-        table.add_row(*(Text(cell) for cell in row))
+    for run, status, reason in rows:
+        table.add_row(*(Text(cell) for cell in (run.variant, str(run.cfg.seed_init), status, reason)))
     console.print(table)
-    for variant, seed, *_, log in bad:
-        if log:
-            console.print(f"log of {variant} seed {seed}: {log}", soft_wrap=True, markup=False)
-    raise SweepFailed(f"{len(bad)} of {len(runs)} runs failed, diverged or are unfinished")
-
-
-def folder_log(folder: RunFolder) -> str:
-    return str(folder.log) if folder.log.exists() else ""
+    for run, *_ in rows:
+        if run.folder.log.exists():
+            console.print(
+                f"log of {run.variant} seed {run.cfg.seed_init}: {run.folder.log}", soft_wrap=True, markup=False
+            )
+    bad = [status for _, status, _ in rows if status != "elsewhere"]
+    if "failed" in bad:
+        console.print("failed runs are tried again only with sweep.retry_failed=true")
+    if bad:
+        raise SweepFailed(f"{len(bad)} of {len(runs)} runs failed, diverged or are unfinished")
 
 
 def register(held_back: list[str]) -> None:

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections import deque
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -167,6 +168,27 @@ class Trainer:
         if self.board is not None:
             self.board.close()
         return self.outcome(status, reason, step)
+
+    def estimate(self, steps: int) -> float:
+        """Seconds for the whole run, measured on ``steps`` updates after a first and on one batch of validation."""
+
+        def clock() -> float:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return time.monotonic()
+
+        self._update(1)
+        begun = clock()
+        for step in range(2, steps + 2):
+            self._update(step)
+        trained = (clock() - begun) / steps
+        rows = self.cfg.trainer.eval_batch_size
+        some = replace(self.corpus, val=self.corpus.val[: rows * self.cfg.data.seq_len + 1])
+        begun = clock()
+        evaluate(self.model, some, rows, self.device, self.dtype)
+        validated = (clock() - begun) * len(self.corpus.val) / len(some.val)
+        max_steps, every = self.cfg.trainer.max_steps, self.cfg.trainer.eval_every
+        return trained * max_steps + validated * (1 + math.ceil(max_steps / every))
 
     def _update(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimiser step; the mean loss of its micro-batches and the gradient norms, both on the device."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,6 +282,11 @@ def test_a_failing_run_does_not_stop_the_others(
     before = snapshot(root)
     monkeypatch.undo()
     again = cli(command, "-m")
+    assert again.code == 1 and "three: 3 runs (3 arms x 1 seeds), 3 already done" in again.out
+    assert "only with sweep.retry_failed=true" in again.out
+    assert {name for name, state in snapshot(root).items() if before.get(name) != state} <= {"sweep.json"}
+
+    again = cli([*command, "sweep.retry_failed=true"], "-m")
     assert again.code == 0 and "three: 3 runs (3 arms x 1 seeds), 2 already done" in again.out
     assert records(root).keys() == {f"{record['variant']}-{record['run_id'][:8]}" for record in found.values()}
     after = snapshot(root)
@@ -299,11 +306,49 @@ def test_a_run_that_another_process_is_at_is_left_to_it(small: Setting) -> None:
     busy = small.plan("fusion=gated", *SHORT, "sweep.name=two", "variant=gated")
     with busy.folder.lock():
         answer = cli(small.with_(*SHORT, *TWO), "-m")
-    assert answer.code == 1 and "1 of 2 runs have a record" in answer.out
-    assert "unfinished" in answer.out and "is being run by another process" in answer.out
+        assert answer.code == 0 and "1 of 2 runs have a record" in answer.out
+        assert re.search(r"gated +│ 0 +│ elsewhere +│ another process is running it", answer.out)
     assert [record["variant"] for record in records(small.out / "two").values()] == ["gain"]
     assert [path.name for path in busy.folder.path.iterdir()] == ["lock"]
     assert cli(small.with_(*SHORT, *TWO), "-m").code == 0
+
+
+def test_a_dry_run_lists_the_runs_and_does_none(small: Setting) -> None:
+    command = small.with_(*TWO, "sweep.seeds=[0,1]")
+    answer = cli(command, "-m", "--dry-run")
+    assert (answer.code, answer.err) == (0, "") and not small.out.exists()
+    assert len(re.findall(r"│ (?:gain|gated) +│ +[01] │ +[\d,]+ │ +1,536 │ +\d+:\d\d │ to do +│", answer.out)) == 4
+    assert re.search(r"about \d+:\d\d left", answer.out)
+    assert cli([*small.with_(*TWO, "sweep.seeds=[0]")], "-m").code == 0
+    before = snapshot(small.out)
+    answer = cli(command, "-m", "sweep.dry_run=true")
+    assert answer.out.count("completed") == 2 and answer.out.count("to do") == 2 and snapshot(small.out) == before
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_sweep_ends_as_if_it_had_not_been(sweep: Sweep, tmp_path: Path) -> None:
+    """kill -9 of the whole sweep ten times; then every run is there once, with the numbers of the undisturbed one."""
+    command = [*sweep.setting.with_(*TWO), "sweep.seeds=[0,1]", f"out={tmp_path}"]
+    moments = random.Random(0)
+    for _ in range(10):
+        process = start(command, "-m")
+        reached = time.monotonic() + 120
+        while not (tmp_path / "two" / "sweep.json").exists() and time.monotonic() < reached:
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0, 12))
+        process.kill()
+        process.wait()
+    assert finish(start(command, "-m")).code == 0
+    found, expected = (
+        records(tmp_path / "two"),
+        {name: record for name, record in records(sweep.root).items() if record["seed_init"] in (0, 1)},
+    )
+    assert {name: results(record) for name, record in found.items()} == {
+        name: results(record) for name, record in expected.items()
+    }
+    for name in expected:
+        assert rows(tmp_path / "two" / name) == rows(sweep.root / name)
+        assert same_weights(weights(tmp_path / "two" / name), weights(sweep.root / name))
 
 
 def signalled(step: int) -> Callable[..., Any]:
