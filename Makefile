@@ -18,8 +18,8 @@ setup: .venv/ready
 	touch $@
 
 sweep: setup
-	$(BIN)/python -m hybrid.train -m sweep=smoke out=$(OUT)
-	$(BIN)/python -m analysis.report $(OUT)/smoke
+	$(BIN)/python -m hybrid.train -m sweep=smoke out=$(OUT); status=$$?; \
+	$(BIN)/python -m analysis.report $(OUT)/smoke && exit $$status  # the report also where a run failed
 
 test: setup
 	$(BIN)/ruff check .

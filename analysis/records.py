@@ -19,7 +19,7 @@ from analysis import arms
 RUN_SCHEMA = "groundthink.run/1"
 SWEEP_SCHEMA = "groundthink.sweep/1"
 USABLE_STATUS = ("completed", "stopped")  # these enter means; diverged and failed runs are only shown
-METRICS = ("best_val_loss", "final_val_loss")
+METRICS = ("final_val_loss", "best_val_loss")
 
 _RUN_FOLDER_NAME = re.compile(r"^(?P<variant>.+)-(?P<run_id>[0-9a-f]{8})$")
 _TAIL_BYTES = 65536
@@ -108,7 +108,7 @@ def whole(value: Any) -> int | None:
     return int(value) if value == value and value == int(value) else None
 
 
-def read_records(directory: Path, metric: str = "best_val_loss") -> Records:
+def read_records(directory: Path, metric: str = "final_val_loss") -> Records:
     """Read every run below ``directory``, at any depth.
 
     A run counts if its summary has the schema ``groundthink.run/1``, its status is completed or stopped, and its

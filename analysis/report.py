@@ -38,7 +38,7 @@ class ReportPaths:
     report: Report
 
 
-def write_report(directory: Path, baseline: str | None = None, metric: str = "best_val_loss") -> ReportPaths:
+def write_report(directory: Path, baseline: str | None = None, metric: str = "final_val_loss") -> ReportPaths:
     """Read all records below ``directory`` and write ``directory``/report.
 
     ``baseline`` is the arm to compare with; without it, the one that sweep.json names or else the one with the lowest

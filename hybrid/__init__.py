@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hybrid.config import Config
     from hybrid.model import HybridLM
+    from hybrid.schema import Config
 
 __version__ = "0.1.0"
 

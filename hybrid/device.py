@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from hybrid.config import Config, ConfigError
+from hybrid.config import ConfigError
 from hybrid.kernels import BackendError, resolve_backend
+from hybrid.schema import Config
+
+DEFAULT_THREADS = torch.get_num_threads()  # before any run of this process has set another number
 
 
 def resolve_device(cfg: Config) -> None:
@@ -26,6 +29,8 @@ def resolve_device(cfg: Config) -> None:
             )
     if trainer.dtype == "auto":
         trainer.dtype = "bfloat16" if trainer.device.startswith("cuda") else "float32"
+    if trainer.cpu_threads is None:
+        trainer.cpu_threads = DEFAULT_THREADS
     for op in ("wkv6", "ssd"):
         try:
             backend = resolve_backend(op, getattr(cfg.kernels, op), trainer.device.partition(":")[0])

@@ -4,8 +4,9 @@ A fusion is a class in ``FUSIONS``: ``join(a, b)`` takes the outputs of the firs
 Mamba-2 in the main model), both [B,T,d], and returns [B,T,d]. A new one needs its class here, its YAML in
 ``conf/fusion/``, its parameter count in ``hybrid.sizes.FUSION_PARAMS`` and a row in ``tests/hybrid/test_fusion.py``.
 
-With their default options all fusions but ``residual`` (a sum) and a gate or gain off balance start as the plain
-average of the branches, so that arms differ in what they can learn and not in where they begin.
+At an even start (a gate, weight or gain of 0.5 and ``proj_init=identity``) every fusion gives the second branch half
+its weight at step 0, and all but ``residual`` the first as well. With the official initialisation RWKV-6's output is
+zero at step 0, so all arms then begin as the same function, and differ in what they can learn.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.branches import BranchState
-from hybrid.config import FusionConfig
+from hybrid.schema import FusionConfig
 
 
 class Fusion(nn.Module):
@@ -38,8 +39,8 @@ class Fusion(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor, state: BranchState | None = None) -> tuple[Tensor, BranchState | None]:
         if self.branch_norm:
-            # Without weights, so that the switch changes no parameter count. eps is that of PyTorch's RMSNorm for
-            # float32 raised to 1e-5, because RWKV-6's output starts at exactly zero.
+            # Without weights, so that the switch changes no parameter count. Of an output that is exactly zero, as
+            # RWKV-6's with the official initialisation, it makes the first gradient 1/sqrt(eps) = 316 times as large.
             a, b = (F.rms_norm(x, x.shape[-1:], eps=1e-5) for x in (a, b))
         return self.join_with_state(a, b, state)
 
@@ -124,7 +125,8 @@ class Residual(Fusion):
         super().__init__(d_model, cfg, branches)
         self.proj = nn.Linear(d_model, d_model, bias=False)
         if cfg.proj_init == "identity":
-            nn.init.eye_(self.proj.weight)
+            with torch.no_grad():
+                self.proj.weight.copy_(torch.eye(d_model) / 2)
 
     def join(self, a: Tensor, b: Tensor) -> Tensor:
         return a + self.proj(b)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrid.config import Config, ConfigError, from_yaml
+from hybrid.config import ConfigError, from_yaml
 from hybrid.data import DataError, Tokenizer, load_tokenizer
+from hybrid.schema import Config, KernelsConfig
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,7 @@ def load(cfg: Config, weights: Path, device: str) -> HybridLM:
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: there is no CUDA device here")
+    cfg.kernels = KernelsConfig()  # those of the training machine may not be here
     model = build_model(cfg)
     try:
         load_weights(model, weights)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 
-from hybrid.config import Config
+from hybrid.schema import Config
 
 if TYPE_CHECKING:
     from hybrid.branches.mamba2 import Mamba2

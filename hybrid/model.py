@@ -11,14 +11,13 @@ from hybrid.branches import BranchState
 from hybrid.branches.attention import Attention
 from hybrid.branches.mamba2 import Mamba2
 from hybrid.branches.rwkv6 import RWKV6
-from hybrid.config import Config
 from hybrid.fusion import build_fusion
 from hybrid.init import init_model, seeded
-from hybrid.pattern import parse_pattern
+from hybrid.pattern import branches_of
+from hybrid.schema import Config
 from hybrid.sizes import ffn_hidden, vocab_size
 
 BlockState = dict[str, BranchState]
-SINGLE = {"R": "rwkv", "M": "mamba", "A": "attention"}
 
 
 class FeedForward(nn.Module):
@@ -36,15 +35,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """``x + mix(norm(x))``, then ``x + ffn(norm(x))``.
 
-    ``mix`` is one branch (kinds R, M, A) or, for kind P, two branches on the same input and their fusion. Branches
+    ``mix`` is one branch or two branches on the same input and their fusion; ``kinds`` says which. Branches
     are attributes named for what they are: ``rwkv``, ``mamba``, ``attention``; two of a kind are ``rwkv_a`` and
     ``rwkv_b``.
     """
 
-    def __init__(self, kind: str, cfg: Config, hidden: int, path: str) -> None:
+    def __init__(self, kinds: tuple[str, ...], cfg: Config, hidden: int, path: str) -> None:
         super().__init__()
         model = cfg.model
-        kinds = tuple(model.branches) if kind == "P" else (SINGLE[kind],)
         twins = len(kinds) == 2 and kinds[0] == kinds[1]
         self.branches = tuple(f"{name}_{'ab'[i]}" if twins else name for i, name in enumerate(kinds))
         for name, branch in zip(self.branches, kinds, strict=True):
@@ -92,8 +90,8 @@ class HybridLM(nn.Module):
         with seeded(cfg.seed_init, "embedding"):
             self.embedding = nn.Embedding(vocab_size(cfg), cfg.model.d_model)
         self.dropout = nn.Dropout(cfg.model.dropout)
-        kinds = parse_pattern(cfg.model.pattern)
-        self.blocks = nn.ModuleList(Block(kind, cfg, hidden, f"blocks.{i}") for i, kind in enumerate(kinds))
+        stack = branches_of(cfg.model.pattern, cfg.model.branches)
+        self.blocks = nn.ModuleList(Block(kinds, cfg, hidden, f"blocks.{i}") for i, kinds in enumerate(stack))
         self.norm = nn.RMSNorm(cfg.model.d_model, eps=cfg.model.norm_eps)
         init_model(self, cfg)
 

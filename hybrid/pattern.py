@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 KINDS = "PRMA"
+ALONE = {"R": "rwkv", "M": "mamba", "A": "attention"}  # the branch of the kinds that have one; P has two
 MAX_BLOCKS = 256
 
 
@@ -41,3 +42,11 @@ def parse_pattern(pattern: str) -> list[str]:
     if not blocks:
         raise PatternError('an empty pattern; write e.g. "P*8"')
     return blocks
+
+
+def branches_of(pattern: str, parallel: list[str]) -> list[tuple[str, ...]]:
+    """The branches (rwkv, mamba, attention) of every block; ``parallel`` names the two of a P block.
+
+    Raises ``PatternError``.
+    """
+    return [tuple(parallel) if kind == "P" else (ALONE[kind],) for kind in parse_pattern(pattern)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from hybrid.config import DisplayConfig
+from hybrid.schema import DisplayConfig
 
 
 def duration(seconds: float) -> str:

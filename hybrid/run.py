@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from hybrid.config import Config, ConfigError, DisplayConfig
+from hybrid.config import ConfigError
 from hybrid.data import Corpus, prepare
 from hybrid.progress import RunProgress
 from hybrid.records import RunFolder, describe_run, run_id
+from hybrid.schema import Config, DisplayConfig
 from hybrid.sizes import PARTS, count_params
 
 # What a summary says of the training, None where it came to nothing.
 OUTCOME = (
     "status", "stop_reason", "steps", "tokens", "best_val_loss", "best_step", "final_val_loss", "final_train_loss",
-    "val_bits_per_byte", "grad_ratio", "gates", "tokens_per_second", "peak_memory_bytes", "wall_seconds", "environment",
+    "val_bits_per_byte", "grad_ratio", "gate_mean", "gates", "tokens_per_second", "peak_memory_bytes", "wall_seconds",
+    "environment",
 )  # fmt: skip
 ENDED = ("completed", "stopped", "diverged")  # a run with such a record is not run again
 
@@ -66,12 +70,24 @@ def fit_to_corpus(cfg: Config, corpus: Corpus) -> None:
 
 def plan(cfg: Config, corpus: Corpus, variant: str) -> PlannedRun:
     """Settle device, precision and kernels, and with them the run's identity and folder. Raises ``ConfigError``."""
+    check_machine(cfg)
     from hybrid.device import resolve_device
 
     resolve_device(cfg)
     identifier = run_id(cfg, corpus)
     folder = RunFolder(cfg, identifier, variant)
     return PlannedRun(cfg, corpus, identifier, folder.variant, folder)
+
+
+def check_machine(cfg: Config) -> None:
+    """What can be said of the device without importing torch. Raises ``ConfigError``."""
+    cuda = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or sys.platform != "linux"
+    if cfg.trainer.device.startswith("cuda") and not cuda:
+        raise ConfigError(f"trainer.device={cfg.trainer.device}: not one of the 0 CUDA devices here; use cpu or auto")
+    for op in ("wkv6", "ssd"):
+        backend = getattr(cfg.kernels, op)
+        if backend not in ("auto", "torch") and (cfg.trainer.device == "cpu" or not cuda):
+            raise ConfigError(f"kernels.{op}: the {backend} kernels need a CUDA device; use torch or auto")
 
 
 def execute(run: PlannedRun, overrides: list[str]) -> dict[str, Any]:
@@ -130,6 +146,8 @@ def train(run: PlannedRun, progress: RunProgress) -> tuple[dict[str, Any], bool]
     while True:
         trainer = Trainer(run.cfg, run.corpus, run.folder, progress)
         run.folder.note(f"kernels: {trainer.environment['kernels']}, device: {trainer.environment['device']}")
+        if run.cfg.trainer.device != "cpu" and "torch" in trainer.environment["kernels"].values():
+            progress.message("slow: a Triton kernel is not installed, plain PyTorch serves instead (see the log)")
         try:
             return trainer.train(), trainer.asked_to_stop
         except DamagedCheckpoint as error:

@@ -4,8 +4,9 @@ layers without building them (so without torch); a test holds the counts against
 
 from __future__ import annotations
 
-from hybrid.config import Config, ConfigError, FusionConfig, MambaConfig, RWKVConfig
-from hybrid.pattern import parse_pattern
+from hybrid.config import ConfigError
+from hybrid.pattern import branches_of, parse_pattern
+from hybrid.schema import Config, FusionConfig, MambaConfig, RWKVConfig
 
 PARTS = ("total", "embedding", "rwkv", "mamba", "attention", "fusion", "ffn", "norm")
 
@@ -77,7 +78,7 @@ def count_params(cfg: Config, hidden: int | None = None) -> dict[str, int]:
     parts = dict.fromkeys(PARTS, 0)
     parts["embedding"] = vocab_size(cfg) * d
     parts["norm"] = d
-    for branches in _mixers(cfg):
+    for branches in branches_of(model.pattern, model.branches):
         for branch in branches:
             parts[branch] += size[branch]()
         parts["fusion"] += fusion_params(d, cfg.fusion) if len(branches) == 2 else 0
@@ -98,7 +99,7 @@ def state_floats_per_layer(cfg: Config) -> list[int]:
         "mamba": lambda: model.mamba.expand * d * model.mamba.state_size,
         "attention": lambda: 0,
     }
-    return [sum(size[branch]() for branch in branches) for branches in _mixers(cfg)]
+    return [sum(size[branch]() for branch in branches) for branches in branches_of(model.pattern, model.branches)]
 
 
 def flops_per_token(cfg: Config) -> int:
@@ -127,9 +128,3 @@ def vocab_size(cfg: Config) -> int:
     if cfg.model.vocab_size is None:
         raise ConfigError("model.vocab_size is not set; it comes from the data, or give a number")
     return cfg.model.vocab_size
-
-
-def _mixers(cfg: Config) -> list[tuple[str, ...]]:
-    """The branches of each block."""
-    kinds = {"P": tuple(cfg.model.branches), "R": ("rwkv",), "M": ("mamba",), "A": ("attention",)}
-    return [kinds[kind] for kind in parse_pattern(cfg.model.pattern)]

@@ -18,10 +18,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybrid.config import CONF_DIR, Config, ConfigError, group_options, resolve, unknown_key
+from hybrid.config import CONF_DIR, ConfigError, group_options, resolve, unknown_key
 from hybrid.data import DataError
 from hybrid.records import RunBusy, variant_name
 from hybrid.run import PlannedRun, SweepFailed, check_data, execute, plan
+from hybrid.schema import Config
 from sweeps.plugin import register
 
 USAGE = """\
@@ -91,7 +92,8 @@ def describe(error: OSError) -> str:
 
 def job(composed: DictConfig) -> dict | None:
     """One run of what Hydra composed. One that cannot start or fails ends the process, in a sweep it raises."""
-    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    overrides = [line for line in given if not re.match(r"\+*(variant|sweep\.name|display)\b", line)]
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         cfg = resolve(composed)

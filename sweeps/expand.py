@@ -11,8 +11,9 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 
-from hybrid.config import ConfigError, SweepConfig, group_options
+from hybrid.config import ConfigError, group_options
 from hybrid.records import safe_name, short_hash
+from hybrid.schema import SweepConfig
 
 SEED_KEYS = ("seed_init", "seed_data")
 
@@ -62,7 +63,10 @@ def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
             clash = {plain_key(line) for line in overrides} & (fixed.keys() | given.keys())
             if clash:
                 raise ConfigError(f"{sorted(clash)[0]} is what arm '{arm}' of sweep {sweep.name} sets; leave it out")
-        axes.append([Choice(arm, tuple(overrides)) for arm, overrides in sweep.arms.items()])
+        unknown = [arm for arm in sweep.only or [] if arm not in sweep.arms]
+        if unknown:
+            raise ConfigError(f"sweep.only: {unknown[0]} is no arm of {sweep.name} (there are {', '.join(sweep.arms)})")
+        axes.append([Choice(arm, tuple(sweep.arms[arm])) for arm in sweep.only or sweep.arms])
     for key, values in sweep.grid.items():
         lines = given.pop(key, None) or [f"{key}={hydra_value(value)}" for value in values]
         if key in fixed:
@@ -100,14 +104,11 @@ def arm_names(wanted: list[str]) -> list[str | None]:
     meant: dict[str, set[str]] = {}
     for name in wanted:
         meant.setdefault(safe_name(name), set()).add(name)
-    return [
-        None
-        if not name
-        else safe_name(name)
-        if len(meant[safe_name(name)]) == 1
-        else f"{safe_name(name)}-{short_hash(name)}"
-        for name in wanted
-    ]
+    names: list[str | None] = []
+    for name in wanted:
+        alone = len(meant[safe_name(name)]) == 1
+        names.append((safe_name(name) if alone else f"{safe_name(name)}-{short_hash(name)}") if name else None)
+    return names
 
 
 def key_of(override: Override) -> str:

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hybrid.config import ConfigError, SweepConfig, read_composed, resolve
+from hybrid.config import ConfigError, read_composed, resolve
 from hybrid.data import Corpus, prepare
 from hybrid.progress import duration
 from hybrid.records import code_version, variant_name, write_atomically
 from hybrid.run import ENDED, PlannedRun, SweepFailed, fit_to_corpus, plan, probe
+from hybrid.schema import SweepConfig
 from hybrid.sizes import count_params
 from sweeps.expand import Job, expand, name_of_axes
 
@@ -105,7 +107,7 @@ class Sweeper(HydraSweeper):
 
 def check_baseline(sweep: SweepConfig, runs: list[PlannedRun]) -> None:
     """The baseline must be an arm of the sweep, though maybe not of the part of it that is run now."""
-    arms = {run.variant for run in runs} | {job.variant for job in expand(sweep, []) if job.variant}
+    arms = {run.variant for run in runs} | {job.variant for job in expand(replace(sweep, only=None), []) if job.variant}
     if sweep.baseline is not None and sweep.baseline not in arms:
         raise ConfigError(
             f"sweep.baseline={sweep.baseline} is no arm of this sweep (there are {', '.join(sorted(arms))})"

@@ -13,8 +13,8 @@ from tests.runs import SMALL, Setting
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Overrides of the small run on 8,000 characters of Hamlet, with a token cache of the session."""
-    from hybrid.config import DataConfig
     from hybrid.data import sources
+    from hybrid.schema import DataConfig
 
     folder = tmp_path_factory.mktemp("data")
     hamlet = sources.load(DataConfig(name="shakespeare", works=["hamlet"])).text

@@ -20,9 +20,10 @@ from unittest import mock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from hybrid.config import CONF_DIR, Config, resolve
+from hybrid.config import CONF_DIR, resolve
 from hybrid.records import RunFolder, variant_name
 from hybrid.run import PlannedRun, check_data, execute, plan
+from hybrid.schema import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMINGS = {"tokens_per_second", "memory_bytes", "wall_seconds"}  # of a metrics row: what differs from run to run

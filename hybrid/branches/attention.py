@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.branches import BranchState
-from hybrid.config import AttentionConfig
+from hybrid.schema import AttentionConfig
 
 
 class Attention(nn.Module):

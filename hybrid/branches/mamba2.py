@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.branches import BranchState
-from hybrid.config import KernelsConfig, MambaConfig
 from hybrid.kernels import ssd
+from hybrid.schema import KernelsConfig, MambaConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -78,6 +78,6 @@ class Mamba2(fla_mamba2.Mamba2):
 
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
         """RMSNorm(y * silu(z)), each group of heads on its own."""
-        y = (y * F.silu(z)).float().unflatten(-1, (self.n_groups, -1))
+        y = (y.float() * F.silu(z.float())).unflatten(-1, (self.n_groups, -1))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.norm.eps)
         return (y.flatten(-2) * self.norm.weight).to(z.dtype)

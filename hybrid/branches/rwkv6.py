@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.branches import BranchState
-from hybrid.config import KernelsConfig, RWKVConfig
 from hybrid.kernels import wkv6
+from hybrid.schema import KernelsConfig, RWKVConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -36,7 +36,10 @@ class RWKV6(RWKV6Attention):
                 proj_low_rank_dim=cfg.shift_low_rank,
                 gate_low_rank_dim=cfg.decay_low_rank,
             )
-        for parameter in (self.x_bias, self.bonus):  # mixes and bonus are no matrices, whatever their shape
+        # Bonus, mixes and decay, their low-rank pairs too, are not decayed (as in RWKV-LM's optimiser groups).
+        decay = self.w_proj.linear.lora
+        pairs = (self.x_proj[0].linear, self.x_proj[2], decay[0], decay[2])
+        for parameter in (self.x_bias, self.bonus, *(layer.weight for layer in pairs)):
             parameter._no_weight_decay = True
         self.backend = kernels.wkv6
 
@@ -63,7 +66,8 @@ class RWKV6(RWKV6Attention):
         k = self.k_proj.linear(xk).view(B, T, self.num_heads, self.head_k_dim)
         v = self.v_proj.linear(xv).view(B, T, self.num_heads, self.head_v_dim)
         g = self.g_proj.linear(xg)
-        w = -torch.exp(self.w_proj.linear(xw).float()).view(B, T, self.num_heads, self.head_k_dim)
+        # exp(-exp(30)) is zero in any precision; beyond, the log decay would overflow and its differences be NaN.
+        w = -torch.exp(self.w_proj.linear(xw).float().clamp(max=30.0)).view(B, T, self.num_heads, self.head_k_dim)
 
         o, wkv = wkv6(
             r, k, v, w, self.bonus,

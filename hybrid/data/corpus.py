@@ -16,7 +16,7 @@ from hybrid.data.files import DataError, user_path
 from hybrid.data.vocabulary import KINDS, BPETokenizer, CharTokenizer, Tokenizer
 
 if TYPE_CHECKING:
-    from hybrid.config import DataConfig
+    from hybrid.schema import DataConfig
 
 IGNORE = -100  # target of padded positions; torch's cross_entropy leaves it out by default
 

@@ -1,7 +1,6 @@
 """Where the texts come from: one function a corpus, and ``LOADERS`` names them all.
 
-A new corpus is one function ``(cfg) -> Source`` here, a line in ``LOADERS``, one file in ``conf/data/`` and the name in
-``hybrid.config.validate``.
+A new corpus is one function ``(cfg) -> Source`` here, a line in ``LOADERS`` and one file in ``conf/data/``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 from hybrid.data.files import DataError, decode_utf8, read_bytes, reason, user_path, write_atomically
 
 if TYPE_CHECKING:
-    from hybrid.config import DataConfig
+    from hybrid.schema import DataConfig
 
 log = logging.getLogger(__name__)
 

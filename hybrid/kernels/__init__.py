@@ -77,6 +77,8 @@ def wkv6(
     if k.shape != r.shape or w.shape != r.shape or v.shape[:3] != r.shape[:3] or u.shape != (H, K):
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in zip("rkvwu", (r, k, v, w, u), strict=True))
         raise ValueError(f"wkv6 needs r, k, w [B,T,H,K], v [B,T,H,V], u [H,K]; got {shapes}")
+    if r.shape[1] == 0:
+        raise ValueError("wkv6 needs at least one step, got T=0")
     if initial_state is not None and initial_state.shape != (B, H, K, V):
         raise ValueError(f"wkv6 initial_state must be {[B, H, K, V]}, got {list(initial_state.shape)}")
     if resolve_backend("wkv6", backend, r.device.type) == "fla":
@@ -121,6 +123,8 @@ def ssd(
             f"{n} {list(t.shape)}" for n, t in zip(("x", "dt", "A", "B", "C"), (x, dt, A, B, C), strict=True)
         )
         raise ValueError(f"ssd needs x [B,T,H,P], dt [B,T,H], A [H], B and C [B,T,G,N] with G dividing H; got {shapes}")
+    if T == 0:
+        raise ValueError("ssd needs at least one step, got T=0")
     if D is not None and D.shape != (H,):
         raise ValueError(f"ssd needs D [{H}], got {list(D.shape)}")
     if initial_state is not None and initial_state.shape != (batch, H, P, N):

@@ -32,7 +32,8 @@ def wkv6_torch(
     compute = torch.promote_types(v.dtype, torch.float32)
     r, k, v, u = (x.to(compute) for x in (r, k, v, u))
     if T == 1:
-        return _single_step(r, k, v, w.to(compute), u, initial_state)
+        o, state = _single_step(r, k, v, w.to(compute), u, initial_state)
+        return o, state if output_final_state else None
 
     chunk = min(CHUNK, max(LEAF, 1 << (T - 1).bit_length()))
     pad = -T % chunk

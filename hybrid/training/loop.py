@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from hybrid import build_model
-from hybrid.config import Config
 from hybrid.data import Corpus
 from hybrid.kernels import resolve_backend
 from hybrid.memory import process_peak, reset_process_peak
 from hybrid.model import HybridLM, autocast
 from hybrid.progress import RunProgress
 from hybrid.records import RunFolder, environment
+from hybrid.schema import Config
 from hybrid.training import checkpoint
 from hybrid.training.board import Board
 from hybrid.training.evaluation import Evaluation, evaluate
@@ -69,15 +69,16 @@ class Trainer:
 
     def __init__(self, cfg: Config, corpus: Corpus, folder: RunFolder, progress: RunProgress) -> None:
         self.cfg, self.corpus, self.folder, self.progress = cfg, corpus, folder, progress
-        if cfg.trainer.cpu_threads is not None:
-            torch.set_num_threads(cfg.trainer.cpu_threads)
+        torch.set_num_threads(cfg.trainer.cpu_threads)
         self.device = torch.device(cfg.trainer.device)
         self.dtype = getattr(torch, cfg.trainer.dtype)
         kernels = {op: resolve_backend(op, getattr(cfg.kernels, op), self.device.type) for op in ("wkv6", "ssd")}
         self.board: Board | None = None
         self.asked_to_stop = False
+        self.last_speed: float | None = None
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        self.environment = environment(name, kernels)
+        options = {key: getattr(cfg.trainer, key) for key in ("dtype", "compile", "cpu_threads")}
+        self.environment = environment(name, kernels) | options
         self.model: HybridLM = build_model(cfg).to(self.device)
         self.compiled = torch.compile(self.model) if cfg.trainer.compile else self.model
         self.optimizer = build_optimizer(self.model, cfg.optim, fused=self.device.type == "cuda")
@@ -89,11 +90,13 @@ class Trainer:
             "best_step": 0,
             "final_val_loss": math.nan,
             "final_train_loss": math.nan,
+            "gate_mean": None,
             "val_bits_per_byte": math.nan,
             "loss_sum": 0.0,  # of the steps since the last evaluation
             "loss_steps": 0,
             "ratios": [],
-            "train_seconds": 0.0,
+            "timed_seconds": 0.0,  # of the intervals between two logs but the first, which warms up and compiles
+            "timed_steps": 0,
             "wall_seconds": 0.0,
         }
 
@@ -105,8 +108,15 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run to the end or to a non-finite loss; resumes from the newest checkpoint.
 
-        Raises ``Interrupted`` after Ctrl-C or SIGTERM, with a checkpoint written.
+        Raises ``Interrupted`` after Ctrl-C or SIGTERM, with a checkpoint written, and ``DamagedCheckpoint``.
         """
+        try:
+            return self._train()
+        finally:
+            if self.board is not None:
+                self.board.close()
+
+    def _train(self) -> dict[str, Any]:
         cfg, trainer = self.cfg, self.cfg.trainer
         resumed = checkpoint.load_newest(self.folder.checkpoints, self.model, self.optimizer)
         start = 0
@@ -140,7 +150,10 @@ class Trainer:
                     pending.clear()
                     now = time.monotonic()
                     speed = (step - clock_step) * self.tokens_per_step / max(now - clock, 1e-9)
-                    self.state["train_seconds"] += now - clock
+                    if clock_step != start:
+                        self.state["timed_seconds"] += now - clock
+                        self.state["timed_steps"] += step - clock_step
+                    self.last_speed = speed
                     self.state["loss_sum"] += sum(losses)
                     self.state["loss_steps"] += len(losses)
                     finite = all(math.isfinite(value) for value in losses)
@@ -165,8 +178,6 @@ class Trainer:
         self.asked_to_stop = stop.asked
         if status == "completed":
             checkpoint.save_weights(self.model, self.folder.checkpoints / "final.safetensors")
-        if self.board is not None:
-            self.board.close()
         return self.outcome(status, reason, step)
 
     def estimate(self, steps: int) -> float:
@@ -195,10 +206,10 @@ class Trainer:
         trainer = self.cfg.trainer
         self.model.train()
         total = torch.zeros((), device=self.device)
-        for micro in range(trainer.grad_accum):
-            index = (step - 1) * trainer.grad_accum + micro
-            inputs, targets = self.corpus.train_batch(self.cfg.seed_data, index, trainer.batch_size)
-            tokens, labels = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (inputs, targets))
+        # One draw per step, then cut: how a step is split into micro-batches does not change what it sees.
+        batch = self.corpus.train_batch(self.cfg.seed_data, step - 1, trainer.batch_size * trainer.grad_accum)
+        inputs, targets = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in batch)
+        for tokens, labels in zip(inputs.split(trainer.batch_size), targets.split(trainer.batch_size), strict=True):
             with autocast(self.device, self.dtype):
                 logits = self.compiled(tokens)
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
@@ -225,6 +236,7 @@ class Trainer:
             "val_bits_per_byte": evaluation.bits_per_byte,
             "wall_seconds": self._wall(),
         }
+        state["gate_mean"] = evaluation.gate_mean
         if evaluation.gate_mean is not None:
             row["gate_mean"] = evaluation.gate_mean
         self._record(row)
@@ -266,6 +278,12 @@ class Trainer:
     def _wall(self) -> float:
         return time.monotonic() - self._begun
 
+    def _speed(self) -> float | None:
+        """Training tokens per second without the first interval, unless there is no other."""
+        if self.state["timed_steps"]:
+            return self.state["timed_steps"] * self.tokens_per_step / self.state["timed_seconds"]
+        return self.last_speed
+
     def _memory(self) -> int:
         """Peak memory of the run in bytes: allocated on the device on CUDA, of the whole process elsewhere."""
         if self.device.type == "cuda":
@@ -284,8 +302,9 @@ class Trainer:
             **{key: state[key] for key in ("best_val_loss", "best_step", "final_val_loss", "final_train_loss")},
             "val_bits_per_byte": state["val_bits_per_byte"],
             "grad_ratio": sum(ratios) / len(ratios) if ratios else None,
-            "gates": {},
-            "tokens_per_second": steps * self.tokens_per_step / state["train_seconds"] if steps else None,
+            "gate_mean": state["gate_mean"],
+            "gates": {},  # verdicts of the validation gates, none yet
+            "tokens_per_second": self._speed(),
             "peak_memory_bytes": self._memory(),
             "wall_seconds": self._wall(),
             "environment": self.environment,

@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from hybrid.config import OptimConfig
 from hybrid.model import component
+from hybrid.schema import OptimConfig
 
 GROUPS = ("rwkv", "mamba", "fusion", "other")
 
@@ -66,7 +66,7 @@ class GradientNorms:
         Returns the norms before scaling, one per parameter, on the device.
         """
         for parameter in self.parameters:
-            if parameter.grad is None:  # e.g. the first blocks of an unused branch
+            if parameter.grad is None:  # without influence on this batch, as decays are at a sequence length of 1
                 parameter.grad = torch.zeros_like(parameter)
         norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in self.parameters]))
         if max_norm > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hybrid.config import Config
+from hybrid.schema import Config
 
 
 def lr_factor(step: int, cfg: Config) -> float:

@@ -139,7 +139,7 @@ def test_runs_without_metrics(tmp_path, make_run):
 def test_only_one_evaluation_and_bare_summaries(tmp_path, make_run):
     for arm in ("gated", "gain"):
         bare = {"params": {}, "environment": None, "data": {}} | dict.fromkeys(
-            ("final_train_loss", "final_val_loss", "grad_ratio", "peak_memory_bytes", "tokens", "tokens_per_second")
+            ("final_train_loss", "best_val_loss", "grad_ratio", "peak_memory_bytes", "tokens", "tokens_per_second")
         )
         make_run(tmp_path, arm, 0, best=1.5, steps=10, eval_every=10, edit=bare)
     assert main([str(tmp_path)]) == 0
@@ -188,7 +188,7 @@ def test_unwritable_report(tmp_path, make_run, capsys):
 
 
 def test_wrong_metric_through_the_function(tmp_path):
-    with pytest.raises(ReportError, match="there are best_val_loss and final_val_loss"):
+    with pytest.raises(ReportError, match="there are final_val_loss and best_val_loss"):
         write_report(tmp_path, metric="accuracy")
 
 

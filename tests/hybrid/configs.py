@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from hybrid import build_model
-from hybrid.config import CONF_DIR, Config, resolve
+from hybrid.config import CONF_DIR, resolve
 from hybrid.model import HybridLM
+from hybrid.schema import Config
 
 # Tensors this small gain nothing from a second thread, and lose a lot where another process wants the core.
 torch.set_num_threads(1)

@@ -21,8 +21,8 @@ import hybrid.branches.rwkv6
 from hybrid.branches.attention import Attention
 from hybrid.branches.mamba2 import Mamba2
 from hybrid.branches.rwkv6 import RWKV6
-from hybrid.config import AttentionConfig, KernelsConfig, MambaConfig, RWKVConfig
 from hybrid.init import init_mamba2, init_rwkv6
+from hybrid.schema import AttentionConfig, KernelsConfig, MambaConfig, RWKVConfig
 from tests.hybrid.configs import relative_error, stir
 from tests.hybrid.recurrences import wkv6_reference
 

@@ -17,10 +17,7 @@ from omegaconf import OmegaConf
 
 from hybrid.config import (
     CONF_DIR,
-    Config,
     ConfigError,
-    DataConfig,
-    FusionConfig,
     from_yaml,
     group_options,
     identity,
@@ -32,6 +29,7 @@ from hybrid.config import (
     unknown_key,
     validate,
 )
+from hybrid.schema import Config, DataConfig, FusionConfig
 from tests.hybrid.configs import config, small
 
 
@@ -369,21 +367,30 @@ def changed(cfg: Config, key: str) -> Config:
     elif isinstance(value, dict):
         other = {**value, "x": ["y"]}
     else:  # a string, or an option that is not set
-        other = "other"
+        other = "P" if key == "model.pattern" else "other"
     setattr(node, leaf, other)
     return cfg
 
 
 LEAVES = [key for key in schema_keys() if not any(other.startswith(f"{key}.") for other in schema_keys())]
 # Names, places and what a person sees; everything else can change a result.
-NO_IDENTITY = {"variant", "out", "data.path", "data.cache_dir", "trainer.checkpoint_every", "trainer.tensorboard"}
+NO_IDENTITY = {"variant", "out", "data.path", "data.cache_dir", "trainer.checkpoint_every", "trainer.tensorboard",
+               "trainer.cpu_threads"}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", LEAVES)
 def test_identity_reacts_to_what_can_change_a_result(key: str) -> None:
-    cfg = config()
+    cfg = config("model.pattern=P A")
     same = identity(cfg) == identity(changed(cfg, key))
     assert same == (key in NO_IDENTITY or key.startswith(("display.", "sweep.")))
+
+
+def test_identity_leaves_out_what_the_model_does_not_have() -> None:
+    one = config("model=rwkv6", "fusion=gain")
+    for other in ("fusion=gated", "model.mamba.state_size=64", "model.attention.num_heads=2", "kernels.ssd=torch"):
+        overrides = ("fusion=gain", other) if not other.startswith("fusion") else (other,)
+        assert identity(config("model=rwkv6", *overrides)) == identity(one), other
+    assert identity(config("model=rwkv6", "fusion=gain", "model.rwkv.num_heads=2")) != identity(one)
 
 
 def test_identity_does_not_depend_on_how_it_was_written() -> None:

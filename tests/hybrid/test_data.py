@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from hybrid.config import DataConfig
 from hybrid.data import (
     IGNORE,
     BPETokenizer,
@@ -27,6 +26,7 @@ from hybrid.data import (
     sources,
     train_characters,
 )
+from hybrid.schema import DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = "the king of Naples said nothing; but look'd upon her face, and wept. O thou good Kent!\n"
@@ -390,7 +390,7 @@ def test_a_rebuild_leaves_open_corpora_alone(cfg: DataConfig) -> None:
 PREPARE = """
 import json, sys, time
 from pathlib import Path
-from hybrid.config import DataConfig
+from hybrid.schema import DataConfig
 from hybrid.data import prepare
 print("ready", flush=True)
 while not Path(sys.argv[2]).exists():

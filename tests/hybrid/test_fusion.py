@@ -12,8 +12,9 @@ import yaml
 from torch import Tensor
 
 from hybrid import build_model
-from hybrid.config import CONF_DIR, FusionConfig, group_options
+from hybrid.config import CONF_DIR, group_options
 from hybrid.fusion import FUSIONS, Fusion, build_fusion, window_attention
+from hybrid.schema import FusionConfig
 from hybrid.sizes import FUSION_PARAMS, fusion_params
 from hybrid.training.evaluation import Evaluation, evaluate
 from tests.hybrid.configs import VOCAB, config, relative_error, small, stir, tokens
@@ -165,14 +166,14 @@ def test_branch_norm_of_a_silent_branch_is_silent_and_has_a_gradient() -> None:
 @pytest.mark.parametrize("branch_norm", NORMS)
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_start(name: str, branch_norm: str) -> None:
-    """The average of the branches, but for the gates' own start of 0.3 and the residual's sum."""
+    """The average of the branches, but for the gates' own start of 0.3 and the residual's whole first branch."""
     built = fusion(name, branch_norm=branch_norm)
     a, b = outputs()
     with torch.no_grad():
         out = built(a, b)[0]
         if branch_norm == "rms":
             a, b = (x / torch.sqrt((x**2).mean(dim=-1, keepdim=True) + 1e-5) for x in (a, b))
-    share_a, share_b = {"residual": (1, 1), "gated": (0.3, 0.7), "gated_channel": (0.3, 0.7)}.get(name, (0.5, 0.5))
+    share_a, share_b = {"residual": (1, 0.5), "gated": (0.3, 0.7), "gated_channel": (0.3, 0.7)}.get(name, (0.5, 0.5))
     torch.testing.assert_close(out, share_a * a + share_b * b)
 
 

@@ -168,3 +168,20 @@ def test_wrong_shapes_and_backends_are_named() -> None:
         kernels.wkv6(r, r, r, r, torch.zeros(2, 8), backend="fla")
     with pytest.raises(kernels.BackendError, match="torch and mamba_ssm"):
         kernels.ssd(x, torch.ones(1, 4, 3), -torch.ones(3), x, x, backend="fla")
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_no_final_state_unless_asked_for(T: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    case = wkv6_inputs((1, T, 2, 8, 8, (-1.0, -0.1), True), generator)
+    assert kernels.wkv6(**case, output_final_state=False)[1] is None
+    case = ssd_inputs((1, T, 2, 8, 1, 8, (0.001, 0.1), (1, 16), True, True), generator)
+    assert kernels.ssd(**case, output_final_state=False)[1] is None
+
+
+def test_no_step_is_refused() -> None:
+    generator = torch.Generator().manual_seed(2)
+    with pytest.raises(ValueError, match="at least one step"):
+        kernels.wkv6(**wkv6_inputs((1, 0, 2, 8, 8, (-1.0, -0.1), False), generator))
+    with pytest.raises(ValueError, match="at least one step"):
+        kernels.ssd(**ssd_inputs((1, 0, 2, 8, 1, 8, (0.001, 0.1), (1, 16), True, False), generator))

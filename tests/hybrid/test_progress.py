@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from hybrid.config import DisplayConfig
 from hybrid.progress import RunProgress, duration
+from hybrid.schema import DisplayConfig
 
 
 class Clock:

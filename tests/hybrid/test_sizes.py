@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from hybrid import build_model
-from hybrid.config import CONF_DIR, ConfigError, FusionConfig, MambaConfig, RWKVConfig, group_options
+from hybrid.config import CONF_DIR, ConfigError, group_options
 from hybrid.model import count_built
+from hybrid.schema import FusionConfig, MambaConfig, RWKVConfig
 from hybrid.sizes import (
     PARTS,
     count_params,

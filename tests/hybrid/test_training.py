@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid import build_model
-from hybrid.config import Config, OptimConfig, ScheduleConfig, TrainerConfig
 from hybrid.data import Corpus
 from hybrid.progress import RunProgress
 from hybrid.records import RunFolder
 from hybrid.run import execute
+from hybrid.schema import Config, OptimConfig, ScheduleConfig, TrainerConfig
 from hybrid.training import checkpoint, loop
 from hybrid.training.evaluation import evaluate
 from hybrid.training.loop import Stop, Trainer
@@ -130,8 +130,6 @@ def test_weight_decay_shrinks_matrices_only_and_not_those_that_say_no(small: Set
         "blocks.0.fusion.gate.weight",
         mamba + "in_proj.weight", mamba + "out_proj.weight",
         *(rwkv + f"{name}_proj.linear.weight" for name in "rkvg"), rwkv + "o_proj.weight",
-        rwkv + "x_proj.0.linear.weight", rwkv + "x_proj.2.weight",
-        rwkv + "w_proj.linear.lora.0.weight", rwkv + "w_proj.linear.lora.2.weight",
     }  # fmt: skip
 
 
@@ -583,11 +581,11 @@ def test_seeds_change_what_they_name_and_only_that(small: Setting, monkeypatch: 
     order = {
         name: batches(t, monkeypatch) for name, t in {"base": base, "init": init, "data": data, "arm": arm}.items()
     }
-    assert len(order["base"]) == 6
+    assert len(order["base"]) == 3
     for name in ("init", "arm"):
         assert np.array_equal(order["base"], order[name]), name
     assert not any(np.array_equal(x, y) for x in order["base"] for y in order["data"])
-    assert len({batch.tobytes() for batch in order["base"]}) == 6  # no batch comes twice
+    assert len({batch.tobytes() for batch in order["base"]}) == 3  # no batch comes twice
 
 
 def test_dropout_follows_seed_init(small: Setting) -> None:

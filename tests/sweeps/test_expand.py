@@ -11,7 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from hybrid.config import CONF_DIR, ConfigError, SweepConfig
+from hybrid.config import CONF_DIR, ConfigError
+from hybrid.schema import SweepConfig
 from sweeps.expand import Job, expand, hydra_value, label
 
 
@@ -255,5 +256,17 @@ def test_named_sweeps_are_well_formed(path: Path) -> None:
 
 def test_smoke_compares_all_fusions() -> None:
     content = yaml.safe_load((CONF_DIR / "sweep" / "smoke.yaml").read_text())["sweep"]
-    assert sorted(content["grid"]["fusion"]) == sorted(path.stem for path in (CONF_DIR / "fusion").glob("*.yaml"))
+    assert sorted(content["arms"]) == sorted(path.stem for path in (CONF_DIR / "fusion").glob("*.yaml"))
+    assert all(f"fusion={arm}" in overrides for arm, overrides in content["arms"].items())
+
+
+def test_only_some_arms() -> None:
+    sweep = SweepConfig(name="named", arms={"a": ["fusion=gain"], "b": ["fusion=gated"]}, only=["b"])
+    assert [job.variant for job in expand(sweep, [])] == ["b"]
+    with pytest.raises(ConfigError, match="c is no arm of named"):
+        expand(SweepConfig(name="named", arms=sweep.arms, only=["c"]), [])
+
+
+def test_smoke_has_two_seeds() -> None:
+    content = yaml.safe_load((CONF_DIR / "sweep" / "smoke.yaml").read_text())["sweep"]
     assert content["seeds"] == [0, 1]

@@ -1,0 +1,178 @@
+"""The configuration's schema: every key with its type, its default and, where the name does not say it, its meaning.
+
+``conf/`` holds the choices, ``hybrid.config`` the rules that values must obey.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class RWKVConfig:
+    """The RWKV-6 branch (FLA's ``RWKV6Attention``)."""
+
+    num_heads: int = 4
+    expand_k: float = 0.5  # key_dim = d_model * expand_k, divisible by num_heads
+    expand_v: float = 1.0  # value_dim = d_model * expand_v
+    shift_low_rank: int = 32  # rank of the data-dependent token shift
+    decay_low_rank: int = 64  # rank of the data-dependent decay
+
+
+@dataclass
+class MambaConfig:
+    """The Mamba-2 branch (FLA's ``Mamba2``)."""
+
+    state_size: int = 128  # N
+    head_dim: int = 64  # P; heads = expand * d_model / head_dim
+    expand: int = 2
+    n_groups: int = 1  # groups that share B and C
+    conv_kernel: int = 4
+
+
+@dataclass
+class AttentionConfig:
+    """Causal attention with rotary positions, the control (block ``A``)."""
+
+    num_heads: int = 4
+    rope_base: float = 10000.0
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    pattern: str = "P*8"  # P parallel, R RWKV-6, M Mamba-2, A attention; "R M*21 R"
+    branches: list[str] = field(default_factory=lambda: ["rwkv", "mamba"])  # the two of a P block
+    d_model: int = 128
+    vocab_size: int | None = None  # the tokenizer's; filled in from the data where it is not set
+    ffn_mult: float = 4.0  # FFN width as a multiple of d_model ...
+    ffn_hidden: int | None = None  # ... or the width itself ...
+    target_params: Any = None  # ... or solved so that the model has this many parameters: 3500000, 3.5e6, "3.5M"
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    rwkv: RWKVConfig = field(default_factory=RWKVConfig)
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+
+@dataclass
+class FusionConfig:
+    """Options of all fusions; ``conf/fusion/NAME.yaml`` lists those that NAME has, and only they can be set."""
+
+    name: str = MISSING
+    branch_norm: str = "none"  # none | rms: normalise each branch's output before the fusion (no parameters)
+    gate_init: float | None = None  # gated, gated_channel: share of the first branch (RWKV-6) at step 0
+    weight_init: float | None = None  # weighted: share of the first branch at step 0
+    gain_init: list[float] | None = None  # gain: start of the two per-channel gains
+    proj_init: str | None = None  # concat, residual: identity (plain average or sum at step 0) | random
+    num_heads: int | None = None  # cross_attention
+    head_dim: int | None = None  # cross_attention
+    window: int | None = None  # cross_attention: how many positions back a query sees, itself included
+
+
+@dataclass
+class InitConfig:
+    name: str = "official"  # official | fla
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING  # shakespeare | tinyshakespeare | stdlib | text
+    path: str | None = None  # a text file, or a local copy of tinyshakespeare
+    works: list[str] | None = None  # shakespeare: only these works, e.g. [hamlet, macbeth]
+    val_fraction: float = 0.1  # the last part of the text is the validation split
+    tokenizer: str = "char"  # char | bpe
+    vocab_size: int = 10000  # bpe only
+    seq_len: int = 1024
+    cache_dir: str = "~/.cache/groundthink"
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"
+    lr: float = 3e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
+    rwkv_lr_mult: float = 1.0
+    mamba_lr_mult: float = 1.0
+    fusion_lr_mult: float = 1.0
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = "cosine"  # cosine | linear | constant
+    warmup_steps: int = 2000
+    min_lr_ratio: float = 0.1  # final learning rate as a share of the peak ...
+    min_lr: float | None = None  # ... or as a number
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int = 5000
+    batch_size: int = 32  # sequences a micro-batch
+    grad_accum: int = 4  # micro-batches a step
+    eval_every: int = 100
+    eval_batch_size: int = 32
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    dtype: str = "auto"  # auto (bfloat16 autocast on CUDA, float32 on CPU) | float32 | bfloat16
+    compile: bool = False
+    cpu_threads: int | None = None  # PyTorch's own choice where it is not set; 1 is fastest for small models
+    tensorboard: bool = False
+
+
+@dataclass
+class KernelsConfig:
+    """Which code computes the two recurrences; ``auto`` takes the best one there is and records it."""
+
+    wkv6: str = "auto"  # auto | torch | fla
+    ssd: str = "auto"  # auto | torch | mamba_ssm
+
+
+@dataclass
+class SweepConfig:
+    """A named comparison: arms x grid x seeds. Every arm runs on the same seeds."""
+
+    name: str | None = None
+    question: str | None = None
+    baseline: str | None = None
+    arms: dict[str, list[str]] = field(default_factory=dict)  # name -> overrides
+    grid: dict[str, list[Any]] = field(default_factory=dict)  # key -> values, all combinations
+    only: list[str] | None = None  # of the arms, run these
+    seeds: list[int] | None = None  # each sets seed_init and seed_data
+    retry_failed: bool = False  # run failed runs again
+    dry_run: bool = False  # only list the runs, with an estimate of their time
+
+
+@dataclass
+class DisplayConfig:
+    """What a person sees while it runs; never part of a run's identity."""
+
+    progress: str = "auto"  # auto | bar | plain | off
+    run_index: int = 1
+    run_total: int = 1
+    sweep_started: float | None = None  # seconds since the epoch
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    display: DisplayConfig = field(default_factory=DisplayConfig)
+    seed_init: int = 0  # initialisation and dropout
+    seed_data: int = 0  # order of the training batches
+    variant: str | None = None  # the arm's name in tables and folders
+    out: str = "outputs"
