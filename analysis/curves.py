@@ -140,13 +140,18 @@ def _thin_out(table: pd.DataFrame, log: bool) -> pd.DataFrame:
 
 
 def _limit_losses(ax: Axes, tables: dict[str, pd.DataFrame], last: float) -> None:
-    """Leave the first steep fall out of the panel: it would press everything else into a line."""
+    """Leave the first steep fall out of the panel: it would press everything else into a line.
+
+    Where too few points are left to make a curve, the whole one is shown.
+    """
     means = [table.mean(axis=1) for table in tables.values() if len(table)]
     if not means:
         ax.text(0.5, 0.5, "nothing logged", transform=ax.transAxes, ha="center", color=FAINT)
         return
     low = min(mean.min() for mean in means)
     settled = [mean[mean.index >= _SETTLED * last] for mean in means]
+    if max(len(mean) for mean in settled) < 2:
+        settled = means
     high = max(mean.max() if len(mean) else low for mean in settled)
     room = max(high - low, 1e-3)
     ax.set_ylim(low - 0.05 * room, high + 0.08 * room)

@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from PIL import Image
 
+from analysis.curves import _limit_losses
 from analysis.report import ReportError, main, write_report
 from analysis.style import arm_styles, shorten, spread_out
 
@@ -229,3 +231,11 @@ def test_labels_do_not_overlap():
     crowded = spread_out([0.2] * 30, gap=0.1, low=0.0, high=1.0)
     assert max(crowded) - min(crowded) == pytest.approx(1.0)
     assert shorten("x" * 50, 11) == "xxxxx…xxxxx"
+
+
+def test_two_evaluations_are_shown_whole():
+    figure, ax = plt.subplots()
+    _limit_losses(ax, {"gated": pd.DataFrame({0: [4.2, 2.1]}, index=[0, 100])}, last=100.0)
+    low, high = ax.get_ylim()
+    plt.close(figure)
+    assert low < 2.1 and high > 4.2
