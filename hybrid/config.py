@@ -20,11 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from hybrid.pattern import PatternError, branches_of, parse_pattern
-from hybrid.schema import (
-    Config,
-    FusionConfig,
-    ModelConfig,
-)
+from hybrid.schema import Config, FusionConfig, ModelConfig
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 

@@ -9,18 +9,17 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hybrid.config import identity, to_yaml
 from hybrid.data import Corpus
+from hybrid.files import write_text_atomically
 from hybrid.pattern import parse_pattern
 from hybrid.schema import Config
 
@@ -106,7 +105,7 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.rglob("*.partial"):  # of a process that was killed while it wrote
             leftover.unlink()
-        write_atomically(self.path / "config.yaml", to_yaml(cfg))
+        write_text_atomically(self.path / "config.yaml", to_yaml(cfg))
         corpus.tokenizer.save(self.path / "tokenizer.json")
 
     @contextlib.contextmanager
@@ -152,7 +151,7 @@ class RunFolder:
             with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-        write_atomically(self.metrics, "".join(kept))
+        write_text_atomically(self.metrics, "".join(kept))
 
     def note(self, text: str) -> None:
         with self.log.open("a") as handle:
@@ -166,7 +165,9 @@ class RunFolder:
             shutil.rmtree(partial)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_atomically(self.path / "summary.json", json.dumps(finite({"schema": SCHEMA, **summary}), indent=1) + "\n")
+        write_text_atomically(
+            self.path / "summary.json", json.dumps(finite({"schema": SCHEMA, **summary}), indent=1) + "\n"
+        )
 
 
 def remove_step(step: Path) -> None:
@@ -175,16 +176,6 @@ def remove_step(step: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     step.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole; writers at the same time do not disturb each other, and the last one stands."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    with partial.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
 
 
 def finite(value: Any) -> Any:

@@ -9,13 +9,14 @@ from typing import Any
 
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from hybrid.config import ConfigError, group_options
 from hybrid.records import safe_name, short_hash
 from hybrid.schema import SweepConfig
 
 SEED_KEYS = ("seed_init", "seed_data")
+NO_WORDS = ("null", "true", "false", "inf", "nan")  # to Hydra, unless quoted
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,19 @@ def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
     for override in OverridesParser.create(config_loader=Groups()).parse_overrides(overrides=arguments):
         if override.is_sweep_override():
             lines = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-            given[key_of(override)] = lines
+            given[override.key_or_group] = lines
         else:
-            fixed[key_of(override)] = override.input_line
+            fixed[override.key_or_group] = override.input_line
 
+    unknown = [arm for arm in sweep.only or [] if arm not in sweep.arms]
+    if unknown:
+        raise ConfigError(f"sweep.only: {unknown[0]} is no arm of {sweep.name} (there are {', '.join(sweep.arms)})")
     axes: list[list[Choice]] = []
     if sweep.arms:
         for arm, overrides in sweep.arms.items():
             clash = {plain_key(line) for line in overrides} & (fixed.keys() | given.keys())
             if clash:
                 raise ConfigError(f"{sorted(clash)[0]} is what arm '{arm}' of sweep {sweep.name} sets; leave it out")
-        unknown = [arm for arm in sweep.only or [] if arm not in sweep.arms]
-        if unknown:
-            raise ConfigError(f"sweep.only: {unknown[0]} is no arm of {sweep.name} (there are {', '.join(sweep.arms)})")
         axes.append([Choice(arm, tuple(sweep.arms[arm])) for arm in sweep.only or sweep.arms])
     for key, values in sweep.grid.items():
         lines = given.pop(key, None) or [f"{key}={hydra_value(value)}" for value in values]
@@ -95,8 +96,8 @@ def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
 def name_of_axes(arguments: list[str]) -> str:
     """The folder of a sweep without a name: ``fusion=a,b optim.lr=1,2 seed_init=0,1`` goes to multirun-fusion-lr."""
     overrides = OverridesParser.create(config_loader=Groups()).parse_overrides(overrides=arguments)
-    axes = [key_of(o).rsplit(".", 1)[-1] for o in overrides if o.is_sweep_override() and key_of(o) not in SEED_KEYS]
-    return safe_name("-".join(["multirun", *axes]))
+    keys = [override.key_or_group for override in overrides if override.is_sweep_override()]
+    return safe_name("-".join(["multirun", *(key.rsplit(".", 1)[-1] for key in keys if key not in SEED_KEYS)]))
 
 
 def arm_names(wanted: list[str]) -> list[str | None]:
@@ -109,10 +110,6 @@ def arm_names(wanted: list[str]) -> list[str | None]:
         alone = len(meant[safe_name(name)]) == 1
         names.append((safe_name(name) if alone else f"{safe_name(name)}-{short_hash(name)}") if name else None)
     return names
-
-
-def key_of(override: Override) -> str:
-    return override.key_or_group
 
 
 def plain_key(line: str) -> str:
@@ -134,12 +131,6 @@ def hydra_value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(hydra_value(item) for item in value) + "]"
     if isinstance(value, str):
-        word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and value.lower() not in (
-            "null",
-            "true",
-            "false",
-            "inf",
-            "nan",
-        )
+        word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and value.lower() not in NO_WORDS
         return value if word else QuotedString(text=value, quote=Quote.single).with_quotes()
     return str(value)

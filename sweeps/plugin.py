@@ -23,8 +23,9 @@ from rich.text import Text
 
 from hybrid.config import ConfigError, read_composed, resolve
 from hybrid.data import Corpus, prepare
+from hybrid.files import write_text_atomically
 from hybrid.progress import duration
-from hybrid.records import code_version, variant_name, write_atomically
+from hybrid.records import code_version, variant_name
 from hybrid.run import ENDED, PlannedRun, SweepFailed, fit_to_corpus, plan, probe
 from hybrid.schema import SweepConfig
 from hybrid.sizes import count_params
@@ -146,7 +147,7 @@ def write_sweep_file(root: Path, sweep: SweepConfig, jobs: list[Job], runs: list
         "seeds": sorted({entry["seed_init"] for entry in entries}),
         "runs": entries,
     }
-    write_atomically(root / "sweep.json", json.dumps(facts, indent=1) + "\n")
+    write_text_atomically(root / "sweep.json", json.dumps(facts, indent=1) + "\n")
 
 
 def arm_and_seeds(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,13 +1,8 @@
-"""Reading texts and writing files whole, with errors of one line."""
+"""Reading texts, with errors of one line."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 
 class DataError(ValueError):
@@ -54,22 +49,3 @@ def decode_utf8(data: bytes, what: str) -> str:
             f"{what} is not UTF-8 text: byte 0x{data[error.start]:02x} at byte offset {error.start}; "
             "convert the file to UTF-8 (iconv -f OLD -t UTF-8)"
         ) from error
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> str:
-    """Write a file so that others see the old one, none, or the whole new one; return its sha256, hex.
-
-    Raises ``OSError``.
-    """
-    # Not tempfile: its files are readable by their owner only, and a cache may be shared.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "x+b") as file:
-            write(file)
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(temporary, path)
-        return digest
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrid.data.files import DataError, decode_utf8, read_bytes, reason, user_path, write_atomically
+from hybrid.data.files import DataError, decode_utf8, read_bytes, reason, user_path
+from hybrid.files import write_atomically
 
 if TYPE_CHECKING:
     from hybrid.schema import DataConfig

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid.data.files import DataError, write_atomically
+from hybrid.data.files import DataError
 from hybrid.data.vocabulary import Tokenizer, load_tokenizer
+from hybrid.files import write_atomically
 
 log = logging.getLogger(__name__)
 

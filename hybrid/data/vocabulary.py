@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hybrid.data.files import DataError, reason, write_atomically
+from hybrid.data.files import DataError, reason
+from hybrid.files import write_atomically
 
 FORMAT = 1  # of the JSON file
 KINDS = ("char", "bpe")

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections import deque
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from hybrid import build_model
 from hybrid.data import Corpus
-from hybrid.kernels import resolve_backend
 from hybrid.memory import process_peak, reset_process_peak
 from hybrid.model import HybridLM, autocast
 from hybrid.progress import RunProgress
@@ -62,6 +61,8 @@ class Stop:
 class Trainer:
     """Trains one model. ``train`` returns the summary's outcome; the folder then holds log, metrics and weights.
 
+    Takes a configuration whose device, precision and kernels are settled (``hybrid.device.resolve_device``).
+
     Everything that changes from step to step is in the model, the optimiser, PyTorch's generators and ``state``; all
     of it is checkpointed, and batches depend on the step alone, so a resumed run repeats an undisturbed one bit by
     bit on the CPU.
@@ -72,13 +73,12 @@ class Trainer:
         torch.set_num_threads(cfg.trainer.cpu_threads)
         self.device = torch.device(cfg.trainer.device)
         self.dtype = getattr(torch, cfg.trainer.dtype)
-        kernels = {op: resolve_backend(op, getattr(cfg.kernels, op), self.device.type) for op in ("wkv6", "ssd")}
         self.board: Board | None = None
         self.asked_to_stop = False
         self.last_speed: float | None = None
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         options = {key: getattr(cfg.trainer, key) for key in ("dtype", "compile", "cpu_threads")}
-        self.environment = environment(name, kernels) | options
+        self.environment = environment(name, asdict(cfg.kernels)) | options
         self.model: HybridLM = build_model(cfg).to(self.device)
         self.compiled = torch.compile(self.model) if cfg.trainer.compile else self.model
         self.optimizer = build_optimizer(self.model, cfg.optim, fused=self.device.type == "cuda")

@@ -415,7 +415,7 @@ def test_two_processes_prepare_the_same_corpus_at_once(cfg: DataConfig, tmp_path
     alone = [prepare(replace(variant, cache_dir=str(tmp_path / "alone"))) for variant in variants]
     expected = [[corpus.describe(), corpus.train_batch(0, 0, 4)[0].tolist(), corpus.val_bytes] for corpus in alone]
     assert answers == [expected, expected]
-    assert not list(Path(cfg.cache_dir).rglob("*.tmp"))
+    assert not list(Path(cfg.cache_dir).rglob("*.partial"))
 
 
 # ---- errors: one line that names the remedy
@@ -507,7 +507,7 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(cfg: DataConfig, monkey
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", full)
         fails(cfg, "No space left on device", "set data.cache_dir=DIR")
-    assert not list(Path(cfg.cache_dir).rglob("*.npy")) and not list(Path(cfg.cache_dir).rglob("*.tmp"))
+    assert not list(Path(cfg.cache_dir).rglob("*.npy")) and not list(Path(cfg.cache_dir).rglob("*.partial"))
     assert len(prepare(cfg).train) == 18_000
 
 

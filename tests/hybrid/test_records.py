@@ -19,7 +19,8 @@ import pytest
 from hybrid import records
 from hybrid.config import ConfigError, from_yaml, identity
 from hybrid.data import load_tokenizer
-from hybrid.records import RunBusy, RunFolder, finite, run_id, safe_name, variant_name, write_atomically
+from hybrid.files import write_text_atomically
+from hybrid.records import RunBusy, RunFolder, finite, run_id, safe_name, variant_name
 from hybrid.run import check_data, execute, plan
 from tests.runs import Setting, rows, strict_json
 
@@ -284,14 +285,14 @@ def test_which_records_end_a_run(small: Setting, status: str, ended: bool) -> No
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "summary.json"
-    write_atomically(path, "old")
+    write_text_atomically(path, "old")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "new")
+        write_text_atomically(path, "new")
     assert path.read_text() == "old"
 
 
@@ -303,7 +304,7 @@ def test_two_writers_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def write(text: str) -> None:
         try:
-            write_atomically(tmp_path / "sweep.json", text)
+            write_text_atomically(tmp_path / "sweep.json", text)
         except OSError as error:
             errors.append(error)
 

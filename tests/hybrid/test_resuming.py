@@ -267,7 +267,7 @@ def test_killed_at_any_kind_of_change_to_a_file_it_resumes_to_the_same_bits(
 ) -> None:
     deaths = Deaths(small, file_changes)
     assert len(deaths.list) > 40
-    last_of_kind = {re.sub(r"[\d]|\.[0-9a-f-]+\.tmp", "", kind): i for i, kind in enumerate(deaths.list)}
+    last_of_kind = {re.sub(r"[\d]|\.[0-9a-f-]+\.partial", "", kind): i for i, kind in enumerate(deaths.list)}
     assert len(last_of_kind) > 15
     assert [found for i in sorted(last_of_kind.values()) if (found := deaths.problem(i))] == []
 
