@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis.compare import Comparison
+from analysis.over_steps import (
+    MOST_BANDS,
+    by_step,
+    draw_band,
+    draw_line,
+    is_log,
+    seed_mean,
+    step_axis,
+    step_range,
+    thin_out,
+)
 from analysis.style import FAINT, INK, ArmStyle, label_ends, shorten
 
 MOST_ARMS = 100  # by their mean; further ones are not drawn
 MOST_THIN_LINES = 100  # more single runs than this are not drawn one by one
-MOST_BANDS = 7  # of more arms than this, the bands would hide each other
-MOST_POINTS = 400  # of one curve; a figure shows no more
-_LOG_FROM = 1000  # last step over first step from which the steps are on a log axis
 _SETTLED = 0.1  # the panels of losses leave out what is higher than all is after this share of the steps
+_SETTLED_LOG = 0.03  # the same where the steps are on a log axis
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,8 @@ def learning_curves(
 ) -> Figure:
     """Draw the figure. ``steps`` is frames.steps_frame with ``run`` being the index of ``comparison.runs``."""
     arms = drawn_arms(comparison)
-    train = _tables(comparison, steps, "train", "loss")
-    val = _tables(comparison, steps, "eval", "val_loss")
+    train = by_step(steps, comparison.runs, arms, "train", "loss")
+    val = by_step(steps, comparison.runs, arms, "eval", "val_loss")
     differences = _differences(comparison, val)
     panels = 3 if differences else 2
     labels = sum(styles[arm].named for arm in arms)
@@ -50,9 +57,8 @@ def learning_curves(
     figure.subplots_adjust(left=0.05, right=0.86, top=0.92, bottom=0.12)
 
     window = max(1, max((len(table) for table in train.values()), default=0) // 50)
-    first = min((table.index[table.index > 0].min() for table in train.values() if len(table)), default=1)
-    last = max((table.index.max() for table in [*train.values(), *val.values()] if len(table)), default=1)
-    log = last / first >= _LOG_FROM
+    first, last = step_range([train, val])
+    log = is_log(first, last)
     smoothed = {arm: table.rolling(window, min_periods=1, center=True).mean() for arm, table in train.items()}
 
     _draw(axes[0], comparison, smoothed, styles, log)
@@ -61,15 +67,15 @@ def learning_curves(
     axes[0].set_title(f"Training loss{average}")
     axes[1].set_title("Validation loss")
     axes[0].set_ylabel("nats per token")
-    _limit_losses(axes[0], smoothed, last)
-    _limit_losses(axes[1], val, last)
+    _limit_losses(axes[0], smoothed, last, log)
+    _limit_losses(axes[1], val, last, log)
     for run in lost:
         _draw_lost(axes[0], run, styles, "train", "loss", window)
         _draw_lost(axes[1], run, styles, "eval", "val_loss", 1)
     if differences:
-        _draw_differences(axes[2], comparison, differences, styles, log)
-    for ax in axes:
-        _step_axis(ax, log, last)
+        _draw_differences(axes[2], comparison, differences, styles)
+    for ax, tables in zip(axes, (train, val, differences), strict=False):
+        step_axis(ax, step_range([tables])[0], last, log and tables is not differences)
 
     drawn, shown = (
         (axes[2], differences) if differences else (axes[1], val if any(map(len, val.values())) else smoothed)
@@ -79,16 +85,6 @@ def learning_curves(
         label_ends(drawn, [end for end in ends if end[0] == end[0]])
     _remark(figure, comparison, lost, styles, set(differences))
     return figure
-
-
-def _tables(comparison: Comparison, steps: pd.DataFrame, kind: str, column: str) -> dict[str, pd.DataFrame]:
-    """Per arm: steps by runs."""
-    rows = steps.loc[(steps["kind"] == kind) & steps[column].notna(), ["run", "step", column]]
-    by_run = rows.pivot(index="step", columns="run", values=column)
-    runs = comparison.runs
-    return {
-        arm: by_run.reindex(columns=runs.index[runs["arm"] == arm]).dropna(how="all") for arm in drawn_arms(comparison)
-    }
 
 
 def _differences(comparison: Comparison, val: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -116,30 +112,19 @@ def _draw(
     log: bool,
     seeds: bool = False,
 ) -> None:
-    """Means over seeds, as far as all of an arm's runs go; single runs thin behind them."""
-    single = seeds and 1 < sum(table.shape[1] for table in tables.values()) <= MOST_THIN_LINES
+    """Means over seeds, as far as all of an arm's runs go, over bands; thin single runs where bands would be a blur."""
+    bands = len(tables) <= MOST_BANDS
+    single = seeds and not bands and sum(table.shape[1] for table in tables.values()) <= MOST_THIN_LINES
     for order, arm in enumerate(reversed(tables)):
-        table, style = _thin_out(tables[arm], log), styles[arm]
-        if single and table.shape[1] > 1 and style.named:
+        table, style = thin_out(tables[arm], log), styles[arm]
+        if bands:
+            draw_band(ax, table, style)
+        elif single and table.shape[1] > 1 and style.named:
             ax.plot(table.index, table, color=style.colour, lw=0.6, alpha=0.35, zorder=2)
-        _line(ax, table.mean(axis=1, skipna=False).dropna(), style, 3 + 0.01 * order)
+        draw_line(ax, seed_mean(table), style, 3 + 0.01 * order)
 
 
-def _line(ax: Axes, mean: pd.Series, style: ArmStyle, zorder: float, mark_end: bool = False) -> None:
-    points = {"marker": style.marker, "ms": 4} if 0 < len(mean) <= 12 and style.named else {}
-    ax.plot(mean.index, mean, color=style.colour, lw=style.width, ls=style.line, zorder=zorder, **points)
-    if len(mean) and mark_end and style.named:
-        ax.plot(mean.index[-1:], mean.iloc[-1:], color=style.colour, marker=style.marker, ms=4.5, zorder=zorder)
-
-
-def _thin_out(table: pd.DataFrame, log: bool) -> pd.DataFrame:
-    if len(table) <= MOST_POINTS:
-        return table
-    spaced = np.geomspace(1, len(table), MOST_POINTS) if log else np.linspace(1, len(table), MOST_POINTS)
-    return table.iloc[np.unique(spaced.astype(int)) - 1]
-
-
-def _limit_losses(ax: Axes, tables: dict[str, pd.DataFrame], last: float) -> None:
+def _limit_losses(ax: Axes, tables: dict[str, pd.DataFrame], last: float, log: bool = False) -> None:
     """Leave the first steep fall out of the panel: it would press everything else into a line.
 
     Where too few points are left to make a curve, the whole one is shown.
@@ -149,7 +134,7 @@ def _limit_losses(ax: Axes, tables: dict[str, pd.DataFrame], last: float) -> Non
         ax.text(0.5, 0.5, "nothing logged", transform=ax.transAxes, ha="center", color=FAINT)
         return
     low = min(mean.min() for mean in means)
-    settled = [mean[mean.index >= _SETTLED * last] for mean in means]
+    settled = [mean[mean.index >= (_SETTLED_LOG if log else _SETTLED) * last] for mean in means]
     if max(len(mean) for mean in settled) < 2:
         settled = means
     high = max(mean.max() if len(mean) else low for mean in settled)
@@ -172,18 +157,19 @@ def _draw_lost(ax: Axes, run: LostRun, styles: dict[str, ArmStyle], kind: str, c
 
 
 def _draw_differences(
-    ax: Axes, comparison: Comparison, differences: dict[str, pd.DataFrame], styles: dict[str, ArmStyle], log: bool
+    ax: Axes, comparison: Comparison, differences: dict[str, pd.DataFrame], styles: dict[str, ArmStyle]
 ) -> None:
+    """On a linear axis: here the end matters, not the first fall."""
     baseline = comparison.baseline.arm
     bands = len(differences) <= MOST_BANDS
     means = []
     for order, arm in enumerate(reversed([arm for arm in drawn_arms(comparison) if arm in differences])):
-        table = _thin_out(differences[arm], log)
+        table = thin_out(differences[arm], log=False)
         mean, style = table.mean(axis=1), styles[arm]
         means.append(mean)
-        if bands and table.shape[1] > 1:
-            ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=style.colour, alpha=0.13, lw=0)
-        _line(ax, mean, style, 3 + 0.01 * order, mark_end=True)
+        if bands:
+            draw_band(ax, table, style)
+        draw_line(ax, mean, style, 3 + 0.01 * order, mark_end=True)
     late = [mean[mean.index >= 0.25 * mean.index.max()] for mean in means]
     low, high = min(mean.min() for mean in late), max(mean.max() for mean in late)
     room = max(high - low, 1e-4)
@@ -192,24 +178,8 @@ def _draw_differences(
     ax.axhline(0.0, color=INK, lw=0.8, zorder=1)
 
 
-def _step_axis(ax: Axes, log: bool, last: float) -> None:
-    ax.set_xlabel("step")
-    if log:
-        ax.set_xscale("log")
-        ax.minorticks_off()
-        ax.set_xlim(left=last / 100, right=last * 1.06)
-    else:
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-        ax.set_xlim(left=0, right=last * 1.015)
-    ax.xaxis.set_major_formatter(FuncFormatter(_step_words))
-
-
-def _step_words(step: float, _: object = None) -> str:
-    return f"{step / 1000:g}K" if step >= 10_000 else f"{step:,.0f}"
-
-
 def _last(table: pd.DataFrame) -> float:
-    mean = table.mean(axis=1, skipna=False).dropna()
+    mean = seed_mean(table)
     return float(mean.iloc[-1]) if len(mean) else float("nan")
 
 
@@ -218,8 +188,9 @@ def _remark(
 ) -> None:
     remarks = []
     if comparison.runs["arm"].duplicated().any():
-        bands = ", bands the range of the seeds" if 0 < len(compared) <= MOST_BANDS else ""
-        remarks.append(f"lines are means over seeds, thin lines single runs{bands}")
+        few = len(drawn_arms(comparison)) <= MOST_BANDS
+        spread = "bands the range of the seeds" if few else "thin lines single runs"
+        remarks.append(f"lines are means over seeds, {spread}")
     if compared:
         remarks.append("differences are paired by seed")
     arms = drawn_arms(comparison)

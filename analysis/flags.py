@@ -5,13 +5,20 @@ A comparison of two arms says something about what their names say only if every
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from analysis.records import Records, Seeds
+from analysis.settings import configured
+
+if TYPE_CHECKING:
+    from analysis.best_lr import LearningRates
 
 PARAMS_TOLERANCE = 0.01  # parameters off by more than this share of the baseline's are flagged
 
@@ -21,7 +28,7 @@ class Flag:
     """A reason to doubt a comparison. ``blocking``: losses cannot be compared at all."""
 
     arm: str
-    kind: str  # data, tokenizer, tokens, params, code, device, seeds, stopped, lost
+    kind: str  # data, tokenizer, tokens, params, code, device, dtype, versions, seeds, stopped, lost, lr
     text: str
     blocking: bool = False
 
@@ -44,11 +51,14 @@ _SAME = (
     ("device", "device", "device", False),
     ("kernel_wkv6", "device", "wkv6 kernel", False),
     ("kernel_ssd", "device", "ssd kernel", False),
+    ("dtype", "dtype", "dtype", False),
+    ("versions", "versions", "versions", False),
 )
 
 
 def find_flags(records: Records, runs: pd.DataFrame, arms: Iterable[str], baseline: str) -> list[Flag]:
     """Every reason to doubt a comparison with ``baseline``, in the order of ``arms``."""
+    runs = runs.assign(dtype=_dtypes(records, runs), versions=[_version_words(text) for text in runs["versions"]])
     by_arm = dict(list(runs.groupby("arm")))
     return [flag for arm in arms for flag in _flags_of(arm, by_arm[arm], baseline, by_arm[baseline], records)]
 
@@ -56,6 +66,8 @@ def find_flags(records: Records, runs: pd.DataFrame, arms: Iterable[str], baseli
 def _flags_of(arm: str, own: pd.DataFrame, baseline: str, base: pd.DataFrame, records: Records) -> Iterable[Flag]:
     for column, kind, name, blocking in _SAME:
         values, expected = _values(own, column), _values(base, column)
+        if column == "versions":
+            values, expected = _apart(values, expected)
         if len(values) > 1:
             yield Flag(arm, kind, f"its own runs differ in {name}: {_listed(values)}", blocking)
         elif values != expected and len(expected) == 1:
@@ -76,6 +88,46 @@ def _flags_of(arm: str, own: pd.DataFrame, baseline: str, base: pd.DataFrame, re
     lost = Counter(item.kind for item in records.left_out if item.arm == arm and item.kind != "duplicate")
     for kind, count in lost.items():
         yield Flag(arm, "lost", f"{count} {kind} run{'s' if count > 1 else ''}")
+
+
+def rate_flags(rates: LearningRates | None, arms: list[str]) -> list[Flag]:
+    """A flag on the arm that is its group's best where that is the lowest or highest learning rate tried."""
+    if rates is None:
+        return []
+    edge = rates.table[rates.table["best"] & rates.table["edge"]]
+    text = "its learning rate, {:g}, is the best of its group and at the edge of the range tried"
+    return [Flag(row.arm, "lr", text.format(row.lr)) for row in edge.itertuples() if row.arm in arms]
+
+
+def _dtypes(records: Records, runs: pd.DataFrame) -> list[str | None]:
+    """The number format of each run: one config.yaml per arm is read for it."""
+    first = {run.arm: run.path for run in reversed(records.runs)}
+    found = {arm: configured(path, "trainer", "dtype") for arm, path in first.items()}
+    return [found.get(arm) for arm in runs["arm"]]
+
+
+def _apart(values: list[object], expected: list[object]) -> tuple[list[object], list[object]]:
+    """Lists of versions without the packages that are the same in all of them."""
+    listed = [set(str(value).split(", ")) for value in (*values, *expected)]
+    common = set.intersection(*listed)
+    words = [", ".join(sorted(one - common)) for one in listed]
+    return words[: len(values)], words[len(values) :]  # type: ignore[return-value]
+
+
+def _version_words(text: object) -> str | None:
+    """``torch 2.13.0, triton 3.8.0``; without Python's patch release, which changes no number."""
+    if not isinstance(text, str):
+        return None
+    try:
+        versions = json.loads(text)
+    except ValueError:
+        return text
+    if not isinstance(versions, dict):
+        return text
+    named = {name: str(version) for name, version in versions.items()}
+    if "python" in named:
+        named["python"] = ".".join(named["python"].split(".")[:2])
+    return ", ".join(f"{name} {version}" for name, version in sorted(named.items()))
 
 
 def matches(runs: pd.DataFrame, baseline: str) -> list[Match]:
@@ -130,7 +182,9 @@ def _listed(values: list[object]) -> str:
     def word(value: object) -> str:
         if value is None:
             return "not recorded"
-        return f"{value:,.0f}" if isinstance(value, float) else str(value)[:12]
+        if isinstance(value, float):
+            return f"{value:,.0f}"
+        return str(value)[:12] if re.fullmatch(r"\w{13,}", str(value)) else str(value)  # a hash by its beginning
 
     words = [word(value) for value in values]
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")

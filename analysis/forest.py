@@ -159,7 +159,7 @@ def _write_columns(ax: Axes, frame: pd.DataFrame, others: list[str], place: dict
         )
     for arm in others:
         row = frame.loc[arm]
-        n, difference, p = int(row["pairs"]), row["difference"], row["p_holm"]
+        n, difference, p = int(row["pairs"]), row["difference"], row["p_adjusted"]
         text = "not comparable" if not row["comparable"] else "no shared seed" if n == 0 else signed(difference)
         if not math.isnan(row["low"]):
             text += f"  [{signed(row['low'])}, {signed(row['high'])}]"

@@ -7,12 +7,14 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json as pa_json
 
 from analysis.records import Run, number, whole
@@ -32,6 +34,7 @@ NUMBERS = (
     "wall_seconds",
     "flops_per_token",
 )
+LISTS = ("gate_mean",)  # what a logged row holds a list of numbers for
 CURVES = ("step", "tokens", "loss", "val_loss", "train_loss")  # what the figures of the report need
 
 
@@ -88,40 +91,106 @@ def _text(value: Any) -> str | None:
     return json.dumps(value, sort_keys=True)
 
 
-def steps_frame(paths: Sequence[Path], columns: Sequence[str] = CURVES) -> tuple[pd.DataFrame, dict[Path, int]]:
-    """The logged rows of run folders: ``run`` (the place in ``paths``), ``kind`` (train or eval) and ``columns``.
+@dataclass(frozen=True)
+class Logged:
+    """What runs logged. ``run`` is everywhere the place of a run in what was asked for.
 
-    Numbers are float, NaN where a row has none. A step that was logged twice (before and after a resume) counts once,
-    as logged last. Also returns, per run folder, how many lines could not be read; a torn last line is no error.
+    ``rows`` has a row per logged step: run, kind (train or eval) and the columns asked for, NaN where a row has none.
+    ``lists`` has, by column, a row per number of a list: run, kind, step, place (in the list, from 0), value.
+    ``unreadable`` counts the lines that could not be read; a torn last line is no error.
     """
-    tables, unreadable = [], {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # the parser releases the lock of the interpreter
-        read = pool.map(lambda path: _read_metrics(path / "metrics.jsonl", columns), paths)
-        for i, (path, (table, bad_lines)) in enumerate(zip(paths, read, strict=True)):
-            if bad_lines:
-                unreadable[path] = bad_lines
-            if table.num_rows:
-                tables.append(table.append_column("run", pa.array(np.full(table.num_rows, i, dtype=np.int32))))
-    if not tables:
-        empty = {"kind": pd.Series(dtype=str)} | {c: pd.Series(dtype=float) for c in ["run", *columns]}
-        return pd.DataFrame(empty), unreadable
-    frame = pa.concat_tables(tables).combine_chunks().to_pandas(categories=["kind"], self_destruct=True)
-    frame = frame[frame["step"].notna()] if frame["step"].isna().any() else frame
-    repeated = frame.duplicated(["run", "kind", "step"], keep="last")
-    frame = frame[~repeated] if repeated.any() else frame
-    return frame.reset_index(drop=True), unreadable
+
+    rows: pd.DataFrame
+    lists: dict[str, pd.DataFrame]
+    unreadable: dict[Path, int]
 
 
-def _read_metrics(path: Path, columns: Sequence[str]) -> tuple[pa.Table, int]:
-    schema = pa.schema([("kind", pa.string()), *((column, pa.float64()) for column in columns)])
+class StepReader:
+    """Reads the logged steps of runs; with ``remember``, a file that has not changed is read once only."""
+
+    def __init__(self, remember: bool = False) -> None:
+        self._known: dict[tuple[Path, tuple[str, ...]], tuple[object, pa.Table, int]] | None = {} if remember else None
+
+    def read(self, paths: Sequence[Path], columns: Sequence[str] = CURVES, lists: Sequence[str] = ()) -> Logged:
+        """The logged rows of run folders; ``columns`` are numbers and have to contain ``step``.
+
+        A step that was logged twice (before and after a resume) counts once, as logged last.
+        """
+        tables, unreadable = [], {}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # the parser releases the interpreter's lock
+            read = pool.map(lambda path: self._read(path / "metrics.jsonl", (*columns, *lists)), paths)
+            for i, (path, (table, bad_lines)) in enumerate(zip(paths, read, strict=True)):
+                if bad_lines:
+                    unreadable[path] = bad_lines
+                if table.num_rows:
+                    tables.append(table.append_column("run", pa.array(np.full(table.num_rows, i, dtype=np.int32))))
+        if not tables:
+            tables = [_schema((*columns, *lists)).append(pa.field("run", pa.int32())).empty_table()]
+        table = pa.concat_tables(tables).combine_chunks()
+        del tables
+        keys = table.select(["run", "kind", "step"]).to_pandas(categories=["kind"])
+        bad = keys["step"].isna() | keys.duplicated(keep="last")
+        if bad.any():
+            table, keys = table.filter(pa.array(~bad.to_numpy())), keys[~bad].reset_index(drop=True)
+        exploded = {name: _explode(table.column(name), keys) for name in lists}
+        others = [column for column in columns if column != "step"]
+        rows = pd.concat([keys, table.select(others).to_pandas(self_destruct=True)], axis=1)
+        return Logged(rows[["run", "kind", *columns]], exploded, unreadable)
+
+    def _read(self, path: Path, columns: tuple[str, ...]) -> tuple[pa.Table, int]:
+        if self._known is None:
+            return _read_metrics(path, columns)
+        try:
+            found = path.stat()
+        except OSError:
+            return _read_metrics(path, columns)
+        state = (found.st_size, found.st_mtime_ns, found.st_ino)
+        known = self._known.get((path, columns))
+        if known is None or known[0] != state:
+            known = self._known[path, columns] = (state, *_read_metrics(path, columns))
+        return known[1:]
+
+
+def steps_frame(paths: Sequence[Path], columns: Sequence[str] = CURVES) -> tuple[pd.DataFrame, dict[Path, int]]:
+    """The rows of ``StepReader.read``, and how many lines of each run could not be read."""
+    logged = StepReader().read(paths, columns)
+    return logged.rows, logged.unreadable
+
+
+def _explode(column: pa.ChunkedArray, keys: pd.DataFrame) -> pd.DataFrame:
+    """A row per number of the lists in ``column``; ``keys`` has the run, kind and step of every list."""
+    lists = column.combine_chunks()
+    lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
+    parents = pc.list_parent_indices(lists).to_numpy()
+    values = pc.list_flatten(lists).to_numpy(zero_copy_only=False)
+    lengths = np.bincount(parents, minlength=len(keys)) if len(parents) else np.zeros(len(keys), dtype=int)
+    starts = np.cumsum(lengths) - lengths
+    frame = keys.iloc[parents].reset_index(drop=True)
+    frame["place"] = np.arange(len(parents)) - starts[parents]
+    frame["value"] = values.astype(float)
+    return frame
+
+
+def complete_lines(path: Path) -> bytes:
+    """A metrics.jsonl without a last line that is still being written; empty where there is nothing to read."""
     try:
         content = path.read_bytes()
     except OSError:
-        return schema.empty_table(), 0
-    whole_lines = content[: content.rfind(b"\n") + 1]
-    if content.endswith(b"}"):  # the last line is there, only its line end is not
-        whole_lines = content + b"\n"
-    if not whole_lines.strip():
+        return b""
+    # A last line that ends in a brace is there, only its line end is not.
+    whole_lines = content + b"\n" if content.endswith(b"}") else content[: content.rfind(b"\n") + 1]
+    return whole_lines if whole_lines.strip() else b""
+
+
+def _schema(columns: Sequence[str]) -> pa.Schema:
+    types = {column: pa.list_(pa.float64()) if column in LISTS else pa.float64() for column in columns}
+    return pa.schema([("kind", pa.string()), *types.items()])
+
+
+def _read_metrics(path: Path, columns: Sequence[str]) -> tuple[pa.Table, int]:
+    schema = _schema(columns)
+    whole_lines = complete_lines(path)
+    if not whole_lines:
         return schema.empty_table(), 0
     options = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     reading = pa_json.ReadOptions(use_threads=False, block_size=max(len(whole_lines), 1024))
@@ -142,6 +211,12 @@ def _read_lines(content: bytes, columns: Sequence[str], schema: pa.Schema) -> tu
         if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or whole(row.get("step")) is None:
             bad += 1
             continue
-        values = {column: number(row.get(column)) for column in columns}
-        rows.append({"kind": row["kind"]} | {c: None if v != v else v for c, v in values.items()})
+        rows.append({"kind": row["kind"]} | {c: _value(row.get(c), c in LISTS) for c in columns})
     return pa.Table.from_pylist(rows, schema=schema), bad
+
+
+def _value(value: Any, is_list: bool) -> Any:
+    if is_list:
+        return [_value(item, False) for item in value] if isinstance(value, list) else None
+    value = number(value)
+    return None if value != value else value

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from analysis import arms
+from analysis.plans import SweepPlan, load_object, name_of, number, read_plan, whole
+from analysis.search import SEARCH_FILE, Search, is_trial_folder, read_search
 
 RUN_SCHEMA = "groundthink.run/1"
-SWEEP_SCHEMA = "groundthink.sweep/1"
 USABLE_STATUS = ("completed", "stopped")  # these enter means; diverged and failed runs are only shown
 METRICS = ("final_val_loss", "best_val_loss")
 
@@ -45,6 +46,11 @@ class Run:
     def run_id(self) -> str:
         return str(self.summary["run_id"])
 
+    @property
+    def trial(self) -> bool:
+        """Whether this is a trial of a search, by its record."""
+        return isinstance(self.summary.get("trial"), dict)
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -59,19 +65,7 @@ class LeftOut:
     last_step: int | None = None
     path: Path | None = None  # None if there is no such folder
     run_id: str | None = None
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """What a sweep meant to run, from its sweep.json."""
-
-    path: Path  # the folder of the sweep
-    folder: str  # the same, relative to the directory of the report
-    name: str
-    question: str | None
-    baseline: str | None
-    arms: list[str]
-    runs: list[dict[str, Any]]
+    trial: bool = False  # of a search, by its record
 
 
 @dataclass
@@ -82,6 +76,8 @@ class Records:
     runs: list[Run] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     plans: list[SweepPlan] = field(default_factory=list)
+    searches: list[Search] = field(default_factory=list)
+    trials: list[Run | LeftOut] = field(default_factory=list)  # runs of searches: one seed each, never arms
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -91,23 +87,6 @@ class Records:
         return sorted({run.arm for run in self.runs}, key=lambda arm: (planned.get(arm, len(planned)), arm))
 
 
-def number(value: Any) -> float:
-    """``value`` as a finite float, else NaN (null, text, booleans, infinities)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        value = float(value)
-    except OverflowError:
-        return math.nan
-    return value if math.isfinite(value) else math.nan
-
-
-def whole(value: Any) -> int | None:
-    """``value`` as an int if it is a whole number, else None."""
-    value = number(value)
-    return int(value) if value == value and value == int(value) else None
-
-
 def read_records(directory: Path, metric: str = "final_val_loss") -> Records:
     """Read every run below ``directory``, at any depth.
 
@@ -115,9 +94,14 @@ def read_records(directory: Path, metric: str = "final_val_loss") -> Records:
     ``metric`` is a number. Nothing in a record can raise an error: what cannot be used is listed in ``left_out``.
     """
     records = Records(directory)
-    for path in _walk(directory, records):
+    run_folders = _walk(directory, records)
+    search_folders = {search.path for search in records.searches}
+    for path in run_folders:
         found = _read_run(path, _relative(path, directory), metric)
-        (records.runs if isinstance(found, Run) else records.left_out).append(found)  # type: ignore[arg-type]
+        if found.trial or is_trial_folder(path, search_folders):
+            records.trials.append(found)
+        else:
+            (records.runs if isinstance(found, Run) else records.left_out).append(found)  # type: ignore[arg-type]
     _settle_arms(records)
     records.left_out += _missing_runs(records)
     records.left_out.sort(key=lambda item: item.folder)
@@ -125,7 +109,7 @@ def read_records(directory: Path, metric: str = "final_val_loss") -> Records:
 
 
 def _walk(directory: Path, records: Records) -> list[Path]:
-    """The run folders, sorted; the plans of sweeps are read on the way."""
+    """The run folders, sorted; the plans of sweeps and the results of searches are read on the way."""
     run_folders = []
 
     def unreadable(error: OSError) -> None:
@@ -140,27 +124,19 @@ def _walk(directory: Path, records: Records) -> list[Path]:
         if is_run:
             run_folders.append(Path(root))
         if "sweep.json" in names:
-            plan = _read_plan(Path(root), directory)
-            if isinstance(plan, SweepPlan):
-                records.plans.append(plan)
-            else:
-                records.notes.append(plan)
+            _keep(read_plan(Path(root), directory), records.plans, records.notes)
+        for name in sorted(filter(SEARCH_FILE.match, names)):
+            _keep(read_search(Path(root) / name, directory), records.searches, records.notes)
     return run_folders
+
+
+def _keep(found: Any, kept: list[Any], notes: list[str]) -> None:
+    """``found`` is what was read, or a sentence that says why it cannot be used."""
+    (notes if isinstance(found, str) else kept).append(found)
 
 
 def _relative(path: Path, directory: Path) -> str:
     return path.relative_to(directory).as_posix()
-
-
-def _load(path: Path) -> dict[str, Any] | str:
-    """The JSON object in a file, or a sentence that says what is wrong with it."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        return f"{path.name} is not valid JSON ({str(error).splitlines()[0][:120]})"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-    return content if isinstance(content, dict) else f"{path.name} holds a {type(content).__name__}, not an object"
 
 
 def _read_run(path: Path, folder: str, metric: str) -> Run | LeftOut:
@@ -173,7 +149,7 @@ def _read_run(path: Path, folder: str, metric: str) -> Run | LeftOut:
         seeds = _configured(path, "seed_init"), _configured(path, "seed_data")
         return LeftOut(folder, "unfinished", f"no summary yet, {reached}", arm, *seeds, step, path, run_id)
 
-    summary = _load(path / "summary.json")
+    summary = load_object(path / "summary.json")
     if isinstance(summary, str):
         return LeftOut(folder, "corrupt", summary, arm, last_step=last_step(path), path=path, run_id=run_id)
     if summary.get("schema") != RUN_SCHEMA:
@@ -185,6 +161,7 @@ def _read_run(path: Path, folder: str, metric: str) -> Run | LeftOut:
     seeds = whole(summary.get("seed_init")), whole(summary.get("seed_data"))
     step = whole(summary.get("steps"))
     found = LeftOut(folder, "", "", arm, *seeds, step, path, str(summary.get("run_id") or run_id or "") or None)
+    found = replace(found, trial=isinstance(summary.get("trial"), dict))
     why = f": {str(summary['stop_reason'])[:200]}" if summary.get("stop_reason") else ""
     at = f" at step {step:,}" if step is not None else ""
     if status in ("diverged", "failed"):
@@ -230,25 +207,6 @@ def _configured(path: Path, key: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _read_plan(path: Path, directory: Path) -> SweepPlan | str:
-    content = _load(path / "sweep.json")
-    folder = _name(path, directory)
-    if isinstance(content, str):
-        return f"{folder}: {content}; the sweep's plan is not used"
-    if content.get("schema") != SWEEP_SCHEMA:
-        return f"{folder}: sweep.json has the schema {str(content.get('schema'))[:60]!r}; the plan is not used"
-
-    def listed(key: str, kind: type) -> list[Any]:
-        value = content.get(key)
-        return [item for item in value if isinstance(item, kind)] if isinstance(value, list) else []
-
-    def text(key: str) -> str | None:
-        return content[key] if isinstance(content.get(key), str) and content[key] else None
-
-    name = text("name") or path.name
-    return SweepPlan(path, folder, name, text("question"), text("baseline"), listed("arms", str), listed("runs", dict))
-
-
 def _settle_arms(records: Records) -> None:
     """Label the arms of the usable runs and move double ones to ``left_out``."""
     kept, copies = arms.drop_copies(records.runs)
@@ -271,11 +229,7 @@ def _settle_arms(records: Records) -> None:
 
 
 def _sweep_of(run_folder: Path, directory: Path) -> str:
-    return _name(run_folder.parent if run_folder != directory else directory, directory)
-
-
-def _name(path: Path, directory: Path) -> str:
-    return directory.resolve().name if path == directory else _relative(path, directory)
+    return name_of(run_folder.parent if run_folder != directory else directory, directory)
 
 
 def _missing_runs(records: Records) -> list[LeftOut]:

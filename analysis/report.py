@@ -15,7 +15,10 @@ from analysis.arms import UnknownArm, choose_baseline
 from analysis.records import METRICS, LeftOut, Records, read_records
 
 if TYPE_CHECKING:
-    from analysis.page import Report
+    from analysis.frames import StepReader
+    from analysis.page import Compared, Report
+
+WATCH_SECONDS = 30.0
 
 
 class ReportError(Exception):
@@ -28,48 +31,99 @@ class ReportError(Exception):
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """The files of a report, all below ``folder`` (DIR/report), and what it says."""
+    """The files of a report, all below ``folder`` (DIR/report), by name, and what it says."""
 
     folder: Path
     html: Path
     markdown: Path
-    tables: dict[str, Path]  # comparison.csv, comparison.md, differences.csv, left_out.csv, runs.csv
-    figures: dict[str, Path]  # learning_curves and final_loss, each .png and .svg
+    tables: dict[str, Path]
+    figures: dict[str, Path]  # each as .png and .svg
     report: Report
 
 
-def write_report(directory: Path, baseline: str | None = None, metric: str = "final_val_loss") -> ReportPaths:
+def write_report(
+    directory: Path,
+    baseline: str | None = None,
+    metric: str = "final_val_loss",
+    reader: StepReader | None = None,
+    refresh: float | None = None,
+) -> ReportPaths:
     """Read all records below ``directory`` and write ``directory``/report.
 
     ``baseline`` is the arm to compare with; without it, the one that sweep.json names or else the one with the lowest
-    mean of ``metric`` (best_val_loss or final_val_loss). Raises ReportError if no run is usable or ``baseline`` is
-    not among the arms, OSError if the report cannot be written.
+    mean of ``metric`` (best_val_loss or final_val_loss). Trials of searches are reported as such, never as arms.
+    ``reader`` may remember what it read for an earlier report; with ``refresh`` the page loads itself again after that
+    many seconds. Raises ReportError if there is nothing to report or ``baseline`` is not among the arms, OSError if
+    the report cannot be written.
     """
     directory = Path(directory)
     if metric not in METRICS:
         raise ReportError(f"no metric {metric!r}; there are {' and '.join(METRICS)}")
     records = _usable_records(directory, metric)
+    if baseline is not None and not records.runs:
+        raise ReportError(f"no arm {baseline!r}: below {directory} are only trials of searches, which are no arms")
+
+    folder = directory / "report"
+    tables: dict[str, Path] = {}
+    notes = list(records.notes)
+    compared = _compare(records, folder, baseline, metric, reader, tables, notes) if records.runs else None
+
+    from analysis.figures import drop_stale
+    from analysis.markdown_page import markdown_page
+    from analysis.page import Report, html_page
+    from analysis.search_report import report_searches
+    from analysis.tables import left_out_frame, write_text
+
+    searches = report_searches(folder, records)
+    for found in searches:
+        tables |= found.tables
+    if "left_out.csv" not in tables:
+        text = left_out_frame(records.left_out).to_csv(index=False)
+        tables["left_out.csv"] = write_text(folder / "tables" / "left_out.csv", text)
+    drawn = [*(compared.figures if compared else []), *(figure for found in searches for figure in found.figures)]
+    drop_stale(folder / "figures", drawn)
+    figures = {path.name: path for figure in drawn for path in (figure.png, figure.svg)}
+    report = Report(records, notes, compared, searches)
+    html = write_text(folder / "report.html", html_page(report, folder, refresh))
+    text = write_text(folder / "report.md", markdown_page(report))
+    return ReportPaths(folder, html, text, tables, figures, report)
+
+
+def _compare(
+    records: Records,
+    folder: Path,
+    baseline: str | None,
+    metric: str,
+    reader: StepReader | None,
+    tables: dict[str, Path],
+    notes: list[str],
+) -> Compared:
+    """Compare the arms; adds the tables written to ``tables`` and what was unreadable to ``notes``."""
     try:
         chosen = choose_baseline(records, baseline, metric)
     except UnknownArm as error:
         raise ReportError(str(error)) from None
 
     from analysis.compare import compare
-    from analysis.figures import write_figures
-    from analysis.frames import runs_frame
-    from analysis.page import Report, html_page, markdown_page
-    from analysis.tables import comparison_frame, write_tables, write_text
+    from analysis.configs import arm_configs
+    from analysis.figures import read_curves, write_figures
+    from analysis.frames import StepReader, runs_frame
+    from analysis.page import Compared
+    from analysis.table_files import write_tables
+    from analysis.tables import comparison_frame
     from analysis.verdict import verdict
 
     comparison = compare(records, runs_frame(records.runs), chosen, metric)
-    folder = directory / "report"
     frame = comparison_frame(comparison, records)
-    tables = {path.name: path for path in write_tables(folder / "tables", frame, comparison, records)}
-    figures, remarks = write_figures(folder / "figures", comparison, records)
-    report = Report(records, comparison, frame, verdict(comparison), records.notes + remarks)
-    html = write_text(folder / "report.html", html_page(report, figures))
-    text = write_text(folder / "report.md", markdown_page(report))
-    return ReportPaths(folder, html, text, tables, figures, report)
+    configs = arm_configs(records, comparison.arms)
+    curves = read_curves(comparison, records, reader or StepReader())
+    for path, count in curves.unreadable.items():
+        shown = path.relative_to(records.directory).as_posix()
+        notes.append(f"{shown}/metrics.jsonl: {count} unreadable lines skipped")
+    comparison.findings.add_settling(curves.steps.rows, comparison.runs)
+    tables |= {path.name: path for path in write_tables(folder / "tables", frame, comparison, records)}
+    figures = write_figures(folder / "figures", comparison, records, configs, curves)
+    return Compared(comparison, frame, verdict(comparison), configs, figures)
 
 
 def _usable_records(directory: Path, metric: str) -> Records:
@@ -77,19 +131,23 @@ def _usable_records(directory: Path, metric: str) -> Records:
         reason = "is a file, not a folder" if directory.exists() else "does not exist"
         raise ReportError(f"{directory} {reason}; give a folder that holds run folders, e.g. outputs/smoke")
     records = read_records(directory, metric)
-    if not records.runs and not any(item.path for item in records.left_out):
+    if records.runs or records.searches:
+        return records
+    if records.trials:
+        why = f" ({records.notes[0]})" if records.notes else ""
+        count = len(records.trials)
+        raise ReportError(f"below {directory} are {count} trials of a search, but no usable search.json{why}")
+    if not any(item.path for item in records.left_out):
         raise ReportError(f"no run folders below {directory} (a run folder holds summary.json or metrics.jsonl)")
-    if not records.runs:
-        count = len(records.left_out)
-        raise ReportError(f"no usable run below {directory}: all {count} found were left out", records.left_out)
-    return records
+    count = len(records.left_out)
+    raise ReportError(f"no usable run below {directory}: all {count} found were left out", records.left_out)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 with a report, 2 without one."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.report",
-        description="Compare the arms of a sweep: tables, figures and a page with a verdict, in DIR/report.",
+        description="Compare the arms of a sweep, or report a search: tables, figures and a page, in DIR/report.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a folder with run folders at any depth")
     parser.add_argument(
@@ -103,8 +161,21 @@ def main(argv: list[str] | None = None) -> int:
         default=METRICS[0],
         help="the loss that the verdict is about (default: %(default)s)",
     )
+    parser.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        nargs="?",
+        type=_seconds,
+        const=WATCH_SECONDS,
+        help="report again whenever records change, looking every so many seconds (default: %(const)g), until every "
+        "planned run has a record",
+    )
     arguments = parser.parse_args(argv)
     try:
+        if arguments.watch is not None:
+            from analysis.watch import watch
+
+            return watch(arguments.directory, arguments.baseline, arguments.metric, arguments.watch)
         paths = write_report(arguments.directory, arguments.baseline, arguments.metric)
     except ReportError as error:
         if error.left_out:
@@ -117,24 +188,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the report cannot be written: {error}", file=sys.stderr)
         return 2
 
-    from analysis.tables import comparison_table
-    from analysis.terminal import console, print_report
+    from analysis.terminal import console, print_paths
 
-    report = paths.report
-    table = comparison_table(report.table)
-    files = {
-        "comparison table": paths.tables["comparison.csv"],
-        "the same, Markdown": paths.tables["comparison.md"],
-        "differences": paths.tables["differences.csv"],
-        "runs": paths.tables["runs.csv"],
-        "left out": paths.tables["left_out.csv"],
-        "learning curves": paths.figures["learning_curves.png"],
-        "final loss, differences": paths.figures["final_loss.png"],
-        "report, Markdown": paths.markdown,
-        "report, web page": paths.html,
-    }
-    print_report(console(), table, report.verdict, report.records.left_out, report.notes, files)
+    print_paths(console(), paths)
     return 0
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 1 to 86400")
+    return seconds
 
 
 if __name__ == "__main__":

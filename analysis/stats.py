@@ -1,4 +1,4 @@
-"""The few formulas that every comparison rests on: mean and spread, paired differences, t intervals, Holm.
+"""The few formulas that every comparison rests on: mean and spread, paired and unpaired differences, t, Holm.
 
 Only ``scipy.special`` is needed; ``scipy.stats`` gives the same numbers (tests compare the two) and takes longer to
 import than everything here takes to run.
@@ -76,36 +76,63 @@ def _p_value(n: int, mean: float, sd: float) -> float:
     return float(2 * stdtr(n - 1, -abs(mean) / (sd / math.sqrt(n))))
 
 
+def welch(arm: Sequence[float], other: Sequence[float]) -> PairedDifference:
+    """The difference of two means without pairs (Welch 1947, Satterthwaite's degrees of freedom).
+
+    ``n`` is the smaller sample, ``sd`` the standard error times the root of ``n``; all NaN where a sample has no
+    two values or neither any spread.
+    """
+    first, second = (np.asarray(values, dtype=float) for values in (arm, other))
+    n = min(len(first), len(second))
+    mean = float(first.mean() - second.mean()) if n else math.nan
+    if n < 2:
+        return PairedDifference(n, mean, math.nan, math.nan, math.nan, math.nan)
+    parts = [float(values.var(ddof=1)) / len(values) for values in (first, second)]
+    error = math.sqrt(sum(parts))
+    if not error > 1e-12 * max(1.0, abs(mean)):
+        return PairedDifference(n, mean, error * math.sqrt(n), mean, mean, math.nan)
+    df = sum(parts) ** 2 / sum(part**2 / (len(v) - 1) for part, v in zip(parts, (first, second), strict=True))
+    half = float(stdtrit(df, (1 + CONFIDENCE) / 2)) * error
+    return PairedDifference(
+        n, mean, error * math.sqrt(n), mean - half, mean + half, float(2 * stdtr(df, -abs(mean) / error))
+    )
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979): reject where the result is < alpha.
 
     NaN (a comparison without a test) stays NaN and does not count as a comparison.
     """
-    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    adjusted = [math.nan] * len(p_values)
-    largest = 0.0
-    for rank, (p, i) in enumerate(order):
-        largest = max(largest, min(1.0, p * (len(order) - rank)))
-        adjusted[i] = largest
+    return holm_adjust(np.asarray(p_values, dtype=float)).tolist()
+
+
+def holm_adjust(p: np.ndarray) -> np.ndarray:
+    """``holm`` along the last axis of ``p`` [..., comparisons]."""
+    if not p.shape[-1]:
+        return p.copy()
+    order = np.argsort(p, axis=-1, kind="stable")  # NaN last
+    ranked = np.take_along_axis(p, order, axis=-1)
+    left = np.isfinite(p).sum(axis=-1, keepdims=True) - np.arange(p.shape[-1])
+    stepped = np.maximum.accumulate(np.minimum(ranked * left, 1.0), axis=-1)
+    adjusted = np.empty_like(p)
+    np.put_along_axis(adjusted, order, np.where(np.isnan(ranked), np.nan, stepped), axis=-1)
     return adjusted
 
 
 def all_pairs_p(blocks: np.ndarray) -> np.ndarray:
-    """Paired t p-values of every pair of rows of ``blocks`` [arms, blocks] (NaN where an arm lacks a block).
+    """Paired t p-values of every pair of arms of ``blocks`` [..., arms, blocks] (NaN where an arm lacks a block).
 
-    Returns [arms, arms]: symmetric, NaN on the diagonal and where there is no test.
+    Returns [..., arms, arms]: symmetric, NaN on the diagonal and where there is no test.
     """
-    arms = blocks.shape[0]
-    p = np.full((arms, arms), math.nan)
+    arms = blocks.shape[-2]
+    p = np.full((*blocks.shape[:-1], arms), math.nan)
     for i in range(arms - 1):
-        differences = blocks[i + 1 :] - blocks[i]
-        n = np.isfinite(differences).sum(axis=1)
+        differences = blocks[..., i + 1 :, :] - blocks[..., i, None, :]
+        n = np.isfinite(differences).sum(axis=-1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            total = np.nansum(differences, axis=1)
-            mean = total / n
-            variance = np.nansum((differences - mean[:, None]) ** 2, axis=1) / (n - 1)
-            sd = np.sqrt(variance)
+            mean = np.nansum(differences, axis=-1) / n
+            sd = np.sqrt(np.nansum((differences - mean[..., None]) ** 2, axis=-1) / (n - 1))
             values = 2 * stdtr(n - 1, -np.abs(mean) / (sd / np.sqrt(n)))
         testable = (n > 1) & (sd > 1e-12 * np.maximum(1.0, np.abs(mean)))
-        p[i, i + 1 :] = p[i + 1 :, i] = np.where(testable, values, math.nan)
+        p[..., i, i + 1 :] = p[..., i + 1 :, i] = np.where(testable, values, math.nan)
     return p

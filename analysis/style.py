@@ -9,12 +9,14 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Okabe and Ito's colours without yellow and black (too faint on white, unseen on black), with olive and wine.
 PALE = "#a3abb3"  # arms without a look of their own
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c2e", "#a8456f")
-MARKERS = ("o", "s", "^", "v", "P", "X", "p", "h", "<", ">", "*", "d", "8", "H", "4")
+MARKERS = ("o", "s", "^", "v", "P", "X", "p", "h", "<", ">", "*", "d", "8", "H", (4, 1, 45))
 LINES = ("-", (0, (4, 1.6)))  # the second time round the palette
 MOST_COLOURED = 2 * len(PALETTE)  # arms beyond these are grey
 
@@ -55,7 +57,7 @@ _RC = {
 class ArmStyle:
     colour: str
     line: str | tuple
-    marker: str
+    marker: str | tuple
     named: bool = True  # False: one of too many arms, drawn grey and without a label
     width: float = 1.7
 
@@ -119,11 +121,19 @@ def _top(group: list, gap: float, low: float, high: float) -> float:
     return _bottom(group, gap, low, high) + gap * (len(group[1]) - 1)
 
 
-def label_ends(ax: Axes, ends: Sequence[tuple[float, str, ArmStyle]], gap_points: float = 12.5) -> None:
-    """Name curves at the right edge of ``ax``: ``ends`` holds the last y, the name and the look of each."""
+def label_ends(
+    ax: Axes,
+    ends: Sequence[tuple[float, str, ArmStyle]],
+    gap_points: float = 12.5,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Name curves at the right edge of ``ax``: ``ends`` holds the last y, the name and the look of each.
+
+    ``limits`` is what y ranges over, by default the y axis (which has to be linear then).
+    """
     figure = ax.get_figure()
     height_points = ax.get_position().height * figure.get_figheight() * 72
-    low, high = ax.get_ylim()
+    low, high = limits or ax.get_ylim()
     wanted = [min(max((y - low) / (high - low), 0.0), 1.0) for y, _, _ in ends]
     placed = spread_out(wanted, gap_points / height_points, 0.0, 1.0)
     for start, y, (_, name, style) in zip(wanted, placed, ends, strict=True):
@@ -134,14 +144,25 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, str, ArmStyle]], gap_points
         ax.text(1.18, y, shorten(name), transform=ax.transAxes, va="center", ha="left", fontsize=9)
 
 
+def name_arms(figure: Figure, arms: Sequence[str], styles: dict[str, ArmStyle]) -> None:
+    """The arms that have a look of their own, right of all panels."""
+    named = [arm for arm in arms if styles[arm].named]
+    looks = [styles[arm] for arm in named]
+    handles = [Line2D([], [], color=s.colour, ls=s.line, marker=s.marker, ms=5, lw=s.width) for s in looks]
+    place = {"loc": "center left", "bbox_to_anchor": (0.975, 0.5), "frameon": False}
+    figure.legend(handles, list(map(shorten, named)), handlelength=3.2, labelspacing=0.35, fontsize=9, **place)
+
+
 def save(figure: Figure, path: Path) -> list[Path]:
     """Write ``path``.png (about 2,000 pixels wide) and ``path``.svg; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # "tight" would find the same for each format, each time with a drawing of its own.
+    around = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer()).padded(0.12)
     written = []
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
         target, partial = path.with_suffix(suffix), path.with_name(f".{path.name}{suffix}")
         with matplotlib.rc_context({"svg.hashsalt": path.name}):
-            figure.savefig(partial, format=suffix[1:], dpi=160, bbox_inches="tight", pad_inches=0.12, metadata=metadata)
+            figure.savefig(partial, format=suffix[1:], dpi=160, bbox_inches=around, metadata=metadata)
         partial.replace(target)
         written.append(target)
     return written

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from scipy.special import stdtrit
 
 from analysis.compare import Comparison
 from analysis.frames import PARTS
 from analysis.records import LeftOut, Records
+from analysis.stats import CONFIDENCE
 from analysis.verdict import p_words, signed
 
 # Over seeds, these get a mean and a standard deviation each.
@@ -44,7 +46,8 @@ class Table:
 
 
 def comparison_frame(comparison: Comparison, records: Records) -> pd.DataFrame:
-    """One row per arm, best mean first, raw numbers; ``_sd`` columns are over seeds (n - 1), empty for one seed.
+    """One row per arm, best mean first, raw numbers; ``_sd`` columns are over seeds (n - 1), ``_low`` and
+    ``_high`` the 95% t interval of the mean; empty for one seed.
 
     Arms of which no run is usable stand at the end, without numbers.
     """
@@ -58,10 +61,18 @@ def comparison_frame(comparison: Comparison, records: Records) -> pd.DataFrame:
     frame["tokens_mean"] = groups["tokens"].mean()
     for name in AVERAGED:
         frame[f"{name}_mean"], frame[f"{name}_sd"] = groups[name].mean(), groups[name].std(ddof=1)
+        count = groups[name].count()
+        half = stdtrit((count - 1).where(count > 1), (1 + CONFIDENCE) / 2) * frame[f"{name}_sd"] / count**0.5
+        frame[f"{name}_low"] = frame[f"{name}_mean"] - half
+        frame[f"{name}_high"] = frame[f"{name}_mean"] + half
     for name in (*(f"params_{part}" for part in PARTS[1:]), "state_floats", "flops_per_token"):
         frame[name] = groups[name].mean()
     frame = frame.reindex(list(lost))
     frame["seeds"] = frame["seeds"].fillna(0).astype(int)
+    gates = _gate_counts(records)
+    for verdict, name in (("pass", "passed"), ("warn", "warned"), ("fail", "failed")):
+        frame[f"gates_{name}"] = [gates.get(arm, Counter())[verdict] for arm in frame.index]
+    frame["gates_checked"] = frame[["gates_passed", "gates_warned", "gates_failed"]].sum(axis=1)
     for kind in LOST:
         frame[f"runs_{kind}"] = [count[kind] for count in lost.values()]
     frame.insert(0, "is_baseline", frame.index == comparison.baseline.arm)
@@ -104,15 +115,41 @@ def comparison_table(frame: pd.DataFrame) -> Table:
     return Table(header, rows)
 
 
+def sizes_table(frame: pd.DataFrame) -> Table:
+    """What the arms cost: parameters by part, recurrent state, arithmetic, and the gates that their runs passed."""
+    parts = [part for part in PARTS if (frame[f"params_{part}"].fillna(0) > 0).any()]
+    header = ["Model", *(part.capitalize() for part in parts), "State floats", "FLOPs/token", "Gates passed"]
+    rows = []
+    for place, row in enumerate(frame.to_dict("records")):
+        numbers = [_plain(row[name], 0) for name in (*(f"params_{part}" for part in parts), "state_floats")]
+        gates = f"{row['gates_passed']} of {row['gates_checked']}" if row["gates_checked"] else DASH
+        warned = f" ({row['gates_warned']} warned)" if row["gates_warned"] else ""
+        numbers += [_plain(row["flops_per_token"], 0), Cell(gates + warned, row["gates_passed"])]
+        rows.append([Cell(row["arm"], place), *numbers])
+    return Table(header, rows)
+
+
+def _gate_counts(records: Records) -> dict[str, Counter]:
+    """Verdicts of all gates of all runs of an arm; what a record holds instead of a verdict counts for none."""
+    counts: dict[str, Counter] = {}
+    for run in records.runs:
+        gates = run.summary.get("gates")
+        for gate in gates.values() if isinstance(gates, dict) else ():
+            if isinstance(gate, dict) and gate.get("verdict") in ("pass", "warn", "fail"):
+                counts.setdefault(run.arm, Counter())[gate["verdict"]] += 1
+    return counts
+
+
 def difference_table(comparison: Comparison) -> Table:
     """The paired differences of the report's metric, in words."""
-    header = ["Model", "Pairs", "Difference", "95% interval", "p (Holm)", "Below baseline in"]
+    header = ["Model", "Pairs", "Difference", "95% interval", "p (adjusted)", "Below baseline in"]
+    header += ["Sign-flip p", "Could show", "Seeds needed"]
     rows = []
     frame = comparison.differences[comparison.differences["metric"] == comparison.metric]
     for place, row in enumerate(frame.to_dict("records")):
         tested, some = row["low"] == row["low"], row["pairs"] > 0
         interval = f"{signed(row['low'])} to {signed(row['high'])}" if tested else DASH
-        p = row["p_holm"]
+        p = row["p_adjusted"]
         rows.append(
             [
                 Cell(row["arm"], place),
@@ -121,6 +158,9 @@ def difference_table(comparison: Comparison) -> Table:
                 Cell(interval, _sortable(row["half_width"])),
                 Cell(p_words(p).removeprefix("p = ").removeprefix("p ") if p == p else DASH, _sortable(p)),
                 Cell(f"{row['better_in']} of {row['pairs']}" if some else DASH, row["better_in"]),
+                _plain(row["p_sign_flip"], 3),
+                _plain(row["smallest_detectable"], 4),
+                _plain(row["seeds_needed"], 0),
             ]
         )
     return Table(header, rows)
@@ -165,16 +205,3 @@ def write_text(path: Path, text: str) -> Path:
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path
-
-
-def write_tables(folder: Path, frame: pd.DataFrame, comparison: Comparison, records: Records) -> list[Path]:
-    """Write comparison.csv and .md (of ``frame``), differences.csv, left_out.csv and runs.csv; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "comparison.csv": frame.to_csv(index=False),
-        "comparison.md": markdown(comparison_table(frame)),
-        "differences.csv": comparison.differences.to_csv(index=False),
-        "left_out.csv": left_out_frame(records.left_out).to_csv(index=False),
-        "runs.csv": comparison.runs.to_csv(index=False),
-    }
-    return [write_text(folder / name, text) for name, text in contents.items()]

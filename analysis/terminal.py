@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -10,8 +12,12 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from analysis.records import LeftOut
-from analysis.tables import Table
+from analysis.tables import Table, comparison_table
 from analysis.verdict import Verdict
+
+if TYPE_CHECKING:
+    from analysis.report import ReportPaths
+    from analysis.search_report import SearchReport
 
 MOST_LINES = 20
 _PLAIN_WIDTH = 200  # where the output goes to a file, nothing should be wrapped
@@ -25,11 +31,50 @@ def console() -> Console:
     return out if out.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
 
 
-def print_report(
-    out: Console, table: Table, verdict: Verdict, left_out: list[LeftOut], notes: list[str], files: dict[str, Path]
-) -> None:
-    """Print everything; ``files`` are the paths to name at the end."""
-    print_table(out, table)
+def print_paths(out: Console, paths: ReportPaths) -> None:
+    """The whole report: table, verdict, searches, what was left out, files."""
+    report, tables, figures = paths.report, paths.tables, paths.figures
+    files: dict[str, Path] = {}
+    if report.compared:
+        print_table(out, comparison_table(report.compared.table))
+        _print_verdict(out, report.compared.verdict)
+        files |= {
+            "comparison table": tables["comparison.csv"],
+            "the same, Markdown": tables["comparison.md"],
+            "differences": tables["differences.csv"],
+            "runs": tables["runs.csv"],
+            "learning curves": figures["learning_curves.png"],
+            "final loss, differences": figures["final_loss.png"],
+        }
+    for found in report.searches:
+        _print_search(out, found)
+        files |= {name: path for name, path in found.tables.items() if name.startswith("trials")}
+    print_left_out(out, report.records.left_out)
+    for note in report.notes[:MOST_LINES]:
+        out.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+    files |= {"left out": tables["left_out.csv"], "all figures": paths.folder / "figures"}
+    print_files(out, files | {"report, Markdown": paths.markdown, "report, web page": paths.html})
+
+
+def print_watched(out: Console, paths: ReportPaths, every: float) -> None:
+    """One line per refresh: when, how many runs, the headline, the page on the first."""
+    records = paths.report.records
+    open_runs = sum(item.kind in ("missing", "unfinished") for item in records.left_out)
+    left = sum(max(s.n_trials - len(s.of_state("COMPLETE", "PRUNED", "FAIL")), 0) for s in records.searches)
+    done = len(records.runs) + sum(len(search.trials) for search in records.searches) - left
+    clock = time.strftime("%H:%M:%S")
+    out.print(Text(f"{clock}  {done} done, {open_runs + left} to come: {paths.report.headline}"), soft_wrap=True)
+    out.print(Text(f"          {paths.html} (looks again every {every:g} s; Ctrl-C ends)", style="dim"), soft_wrap=True)
+
+
+def print_files(out: Console, files: dict[str, Path]) -> None:
+    out.print()
+    width = max(map(len, files))
+    for name, path in files.items():  # never wrapped: a path is there to be copied
+        out.print(Text(f"{name:<{width}}  ", style="dim").append(str(path), style="none"), soft_wrap=True)
+
+
+def _print_verdict(out: Console, verdict: Verdict) -> None:
     out.print(Text(verdict.headline, style="bold"), soft_wrap=not out.is_terminal)
     for sentence in verdict.sentences[:MOST_LINES]:
         line = Text("  ").append(sentence.arm, style=f"bold {_COLOURS[sentence.kind]}".strip())
@@ -37,24 +82,26 @@ def print_report(
     _and_more(out, len(verdict.sentences), "arms in differences.csv")
     for remark in verdict.remarks:
         out.print(Text(f"  {remark}", style="dim"), soft_wrap=not out.is_terminal)
-    print_left_out(out, left_out)
-    for note in notes[:MOST_LINES]:
-        out.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
-    out.print()
-    width = max(map(len, files))
-    for name, path in files.items():  # never wrapped: a path is there to be copied
-        out.print(Text(f"{name:<{width}}  ", style="dim").append(str(path), style="none"), soft_wrap=True)
 
 
-def print_table(out: Console, table: Table) -> None:
-    """The comparison table; in a narrow terminal without the standard deviations, then without some columns."""
-    header, rows = table.header, [[cell.text for cell in row] for row in table.rows[: 3 * MOST_LINES]]
+def _print_search(out: Console, found: SearchReport) -> None:
+    if found.table.rows:
+        print_table(out, found.table, most=10)
+    out.print(Text(found.answer.headline, style="bold"), soft_wrap=not out.is_terminal)
+    for kind, text in found.answer.points:
+        style = "yellow" if kind in ("edge", "evidence") else ""
+        out.print(Text(f"  {text}", style=style), soft_wrap=not out.is_terminal)
+
+
+def print_table(out: Console, table: Table, most: int = 3 * MOST_LINES) -> None:
+    """A table of the report; in a narrow terminal without the standard deviations, then without some columns."""
+    header, rows = table.header, [[cell.text for cell in row] for row in table.rows[:most]]
     left_away = []
     if _width(header, rows) > out.width:
         header = [name.replace(" ", "\n") for name in header]
         rows = [[text.partition(" \N{PLUS-MINUS SIGN} ")[0] for text in row] for row in rows]
         for name in _FIRST_TO_GO:
-            if _width(header, rows) > out.width:
+            if _width(header, rows) > out.width and name.replace(" ", "\n") in header:
                 at = header.index(name.replace(" ", "\n"))
                 header = header[:at] + header[at + 1 :]
                 rows = [row[:at] + row[at + 1 :] for row in rows]
@@ -66,7 +113,7 @@ def print_table(out: Console, table: Table) -> None:
         shown.add_row(*map(Text, row))
     out.print(shown)
     if len(table.rows) > len(rows):
-        out.print(f"  and {len(table.rows) - len(rows)} more arms in comparison.csv")
+        out.print(f"  and {len(table.rows) - len(rows)} more rows in the CSV file")
     if left_away:
         out.print(Text(f"  not shown for want of room: {', '.join(left_away)} (see comparison.md)", style="dim"))
 

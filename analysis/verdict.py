@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.compare import Comparison
+from analysis.differences import NO_TEST, PAIRED, UNPAIRED, Method
+from analysis.flags import matches
+from analysis.inference import ALPHA
+from analysis.resampling import TRUSTED_FROM
 
 METRIC_WORDS = {"best_val_loss": "best validation loss", "final_val_loss": "final validation loss"}
 SOURCE_WORDS = {
@@ -14,6 +18,8 @@ SOURCE_WORDS = {
     "sweep": "the baseline that the sweep names",
     "best_mean": "the arm with the lowest mean, chosen after looking because no baseline was named",
 }
+MOST_SIZES = 3  # arms whose difference stands in the headline
+MOST_NEEDED = 500  # seeds; more is no advice
 BETTER, WORSE, NONE, UNTESTED, INCOMPARABLE = "better", "worse", "none", "untested", "incomparable"
 
 
@@ -65,21 +71,21 @@ def verdict(comparison: Comparison) -> Verdict:
 
 
 def _headline(comparison: Comparison, sentences: list[Sentence]) -> str:
-    named = {
-        kind: [s.arm for s in sentences if s.kind == kind] for kind in (BETTER, WORSE, NONE, UNTESTED, INCOMPARABLE)
-    }
+    kinds = (BETTER, WORSE, NONE, UNTESTED, INCOMPARABLE)
+    named = {kind: [s.arm for s in sentences if s.kind == kind] for kind in kinds}
     baseline = comparison.baseline.arm
     parts = []
     if named[BETTER]:
-        parts.append(f"{_names(named[BETTER])} {_is(named[BETTER])} better than {baseline}")
+        parts.append(_shown_words(comparison, named[BETTER], "beats", "beat"))
     if named[WORSE]:
-        parts.append(f"{_names(named[WORSE])} {_is(named[WORSE])} worse than {baseline}")
+        parts.append(_shown_words(comparison, named[WORSE], "is worse than", "are worse than"))
     if named[NONE]:
+        could = _could_show(comparison, named[NONE])
         rest = "the other " if parts else "either of the " if len(named[NONE]) == 2 else "any of the "
         if len(named[NONE]) == 1:
-            parts.append(f"no difference shown between {named[NONE][0]} and {baseline}")
+            parts.append(f"no difference shown between {named[NONE][0]} and {baseline}{could}")
         else:
-            parts.append(f"no difference shown between {baseline} and {rest}{len(named[NONE])} arms tested")
+            parts.append(f"no difference shown between {baseline} and {rest}{len(named[NONE])} arms tested{could}")
     if named[UNTESTED]:
         count = len(named[UNTESTED])
         parts.append(
@@ -93,6 +99,35 @@ def _headline(comparison: Comparison, sentences: list[Sentence]) -> str:
         parts.append(f"{_names(named[INCOMPARABLE])} cannot be compared (other data or tokenizer)")
     text = "; ".join(parts)
     return f"{text.replace('no difference', 'No difference', 1) if text.startswith('no difference') else text}."
+
+
+def _shown_words(comparison: Comparison, arms: list[str], verb: str, verbs: str) -> str:
+    """``gated beats gain by 0.0210 ± 0.0060 nats (5 paired seeds, adjusted p = 0.004)``; of many arms the names."""
+    baseline = comparison.baseline.arm
+    if len(arms) > MOST_SIZES:
+        return f"{_names(arms)} {verbs} {baseline}"
+    parts = []
+    for arm in arms:
+        row = comparison.difference(arm)
+        size = f"{abs(row['difference']):.4f} \N{PLUS-MINUS SIGN} {row['half_width']:.4f} nats"
+        parts.append(f"{arm} {verb} {baseline} by {size} ({_evidence(row)})")
+    return "; ".join(parts)
+
+
+def _evidence(row: dict[str, Any]) -> str:
+    seeds = "unpaired seeds" if row["test"] == UNPAIRED else f"{int(row['pairs'])} paired seeds"
+    return f"{seeds}, adjusted {p_words(row['p_adjusted'])}"
+
+
+def _could_show(comparison: Comparison, arms: list[str]) -> str:
+    """The smallest difference that the seeds could have shown, of several arms the largest of these."""
+    rows = [comparison.difference(arm) for arm in arms]
+    found = [row["smallest_detectable"] for row in rows if row["smallest_detectable"] == row["smallest_detectable"]]
+    pairs = {int(row["pairs"]) for row in rows}
+    if not found:
+        return ""
+    seeds = f"these {pairs.pop()} seeds" if len(pairs) == 1 else "these seeds"
+    return f" (smallest difference {seeds} could show: {max(found):.4f})"
 
 
 def _names(arms: list[str]) -> str:
@@ -114,19 +149,22 @@ def _sentence(comparison: Comparison, arm: str) -> Sentence:
     lost = [f.text for f in comparison.flags_of(arm) if f.kind == "lost"]
     if lost:
         text += f" Not in these numbers: {'; '.join(lost)}."
-    unmatched = [f.text for f in comparison.flags_of(arm) if f.kind not in ("seeds", "lost")]
+    unmatched = [f.text for f in comparison.flags_of(arm) if f.kind not in ("seeds", "lost", "lr")]
     if unmatched:
         text += f" Not matched: {'; '.join(unmatched)}."
         if kind in (BETTER, WORSE):
             text += " The difference may come from that."
+    edges = [f.text for f in comparison.flags_of(arm) if f.kind == "lr"]
+    if edges:
+        text += f" Caution: {'; '.join(edges)}."
     return Sentence(arm, kind, text)
 
 
 def _finding(row: dict[str, Any], arm: str, baseline: str) -> tuple[str, str]:
     n, mean = int(row["pairs"]), row["difference"]
-    if n == 0:
+    if row["test"] == NO_TEST and n == 0:
         return UNTESTED, f"shares no seed with {baseline}, so there is no paired comparison."
-    if n == 1:
+    if row["test"] == NO_TEST:
         return UNTESTED, f"{_apart(mean, baseline)} in the one shared seed; no interval, so nothing is shown."
     if math.isnan(row["p"]):
         if mean == 0:
@@ -136,20 +174,24 @@ def _finding(row: dict[str, Any], arm: str, baseline: str) -> tuple[str, str]:
             f"{_apart(mean, baseline)}, the same in all {n} pairs, which leaves no spread to test it against.",
         )
 
-    interval = f"95% interval {signed(row['low'])} to {signed(row['high'])}"
-    details = f"({interval}, {n} paired seeds, adjusted {p_words(row['p_holm'])})"
+    details = f"(95% interval {signed(row['low'])} to {signed(row['high'])}, {_evidence(row)})"
+    unpaired = " Compared without pairs (Welch), as the two share no two seeds." if row["test"] == UNPAIRED else ""
     if row["shown"]:
         kind = BETTER if mean < 0 else WORSE
-        return kind, f"{kind} than {baseline}: {signed(mean)} nats per token {details}."
-    text = f"no difference shown from {baseline}: {signed(mean)} nats per token {details}."
+        size = f"{abs(mean):.4f} \N{PLUS-MINUS SIGN} {row['half_width']:.4f} nats"
+        return kind, f"{kind} than {baseline} by {size} {details}.{unpaired}"
+    text = f"no difference shown from {baseline}: {signed(mean)} nats per token {details}.{unpaired}"
     if row["low"] > 0 or row["high"] < 0:
-        return (
-            NONE,
-            f"{text} The interval alone excludes 0; after correcting for {row['family']} comparisons it does not hold.",
-        )
-    if n == 2:
-        width = row["high"] - row["low"]
-        return NONE, f"{text} With 2 seeds the interval is {width:.3f} nats wide."
+        correction = f"after correcting for {row['family']} comparisons it does not hold"
+        text += f" The interval alone excludes 0; {correction}."
+    smallest, needed = row["smallest_detectable"], row["seeds_needed"]
+    if smallest == smallest:
+        text += f" Smallest difference these {n} seeds could show: {smallest:.4f}"
+        if needed == needed and needed > n and needed <= MOST_NEEDED:
+            text += f"; about {needed:.0f} seeds would resolve the one seen"
+        text += "."
+    if n == 2 and row["test"] == PAIRED:
+        text += f" With 2 seeds the interval is {row['high'] - row['low']:.3f} nats wide."
     return NONE, text
 
 
@@ -167,14 +209,20 @@ def _remarks(comparison: Comparison, sentences: list[Sentence]) -> list[str]:
     remarks = [f"Baseline: {baseline.arm}, {SOURCE_WORDS[baseline.source]}."]
     if baseline.note:
         remarks.append(baseline.note)
-    family = int(tested["family"].max())
+    remarks.append(_matched(comparison))
+    method = comparison.methods[comparison.metric]
+    family = method.family
     if family:
-        compared = f"{family} comparison{'s' if family > 1 else ''}"
-        if baseline.source == "best_mean":
-            compared = f"all {family} pairs of arms, since the baseline was chosen by its result"
         remarks.append(
             f"Differences are in {METRIC_WORDS[comparison.metric]}, arm minus baseline by seed; lower is better. "
-            f"Intervals are 95% t intervals of one comparison each; p is Holm-adjusted for {compared}."
+            f"Intervals are 95% t intervals of one comparison each. {method_words(method)}"
+        )
+    few = tested.loc[(tested["test"] == PAIRED) & (tested["p_sign_flip_smallest"] > ALPHA), "pairs"]
+    if len(few):
+        n = int(few.max())
+        remarks.append(
+            f"The exact sign-flip test stands beside as a check, but {n} pairs cannot reach p = 0.05 in it (at best "
+            f"2/{2**n} = {2 / 2**n:.4g}); bootstrap intervals of fewer than {TRUSTED_FROM} pairs are too short."
         )
     pairs = tested.loc[tested["pairs"] > 1, "pairs"]
     if len(pairs) and pairs.min() == 2 and any(s.kind == NONE for s in sentences):
@@ -191,6 +239,41 @@ def _remarks(comparison: Comparison, sentences: list[Sentence]) -> list[str]:
     elif family:
         remarks.append(f"By {METRIC_WORDS[other]} the verdicts are the same.")
     return remarks
+
+
+def method_words(method: Method) -> str:
+    """How p were adjusted, in a sentence or two."""
+    count = f"{method.family} comparison{'s' if method.family > 1 else ''}"
+    if method.name == "bonferroni":
+        return f"p is Welch's, times {method.family} (Bonferroni)."
+    if method.name == "holm":
+        why = "With two seeds nothing vouches for a residual pooled over the arms"
+        if method.check_level < 1:
+            why = (
+                "The baseline's loss varies more between seeds than that of the other arms "
+                f"(p = {method.p_spread:.2g} in a test at the level {method.check_level:g})"
+            )
+        text = f"{why}, so the residual is not pooled: p is that of paired t tests with Holm's correction for {count}."
+    else:
+        name = "Dunnett's" if method.name == "dunnett" else "Tukey's"
+        why = ", all pairs of arms, since the baseline was chosen by its result" if method.name == "tukey" else ""
+        name = name if method.exact else "Bonferroni's bound (the design is too large and incomplete for Tukey's)"
+        text = (
+            f"p is {name} for {count}{why}, on the residual of all arms and seeds together ({method.df} degrees of "
+            f"freedom, residual sd {method.residual_sd:.4f}), and never below that of the pair's own t test: a "
+            "difference counts only if both are below 0.05."
+        )
+    if method.unpaired:
+        text += f" {method.unpaired} of the comparisons are unpaired (Welch, Bonferroni)."
+    return text
+
+
+def _matched(comparison: Comparison) -> str:
+    found = matches(comparison.runs, comparison.baseline.arm)
+    same = [match.what.lower() for match in found if match.same]
+    differ = [match.what.lower() for match in found if not match.same]
+    text = f"Matched between the arms: {', '.join(same) or 'nothing'}."
+    return text + (f" Not matched: {', '.join(differ)}." if differ else "")
 
 
 def _shown(comparison: Comparison, arm: str, metric: str) -> int:

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 STD = 0.02  # of embeddings and of the matrices outside the two recurrent branches, as in GPT-2
 
 
+def initial_seed(cfg: Config) -> str:
+    """What the initial values are drawn from: ``seed_init`` and, where it is set, ``init.stream``."""
+    return str(cfg.seed_init) if cfg.init.stream is None else f"{cfg.seed_init}.{cfg.init.stream}"
+
+
 @contextlib.contextmanager
-def seeded(seed: int, name: str) -> Iterator[None]:
+def seeded(seed: int | str, name: str) -> Iterator[None]:
     """Random numbers inside depend on ``seed`` and ``name`` alone, and leave the outer generator as it was."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     before = torch.get_rng_state()
@@ -44,18 +49,18 @@ def init_model(model: HybridLM, cfg: Config) -> None:
     from hybrid.branches.mamba2 import Mamba2
     from hybrid.branches.rwkv6 import RWKV6
 
-    layers = len(model.blocks)
+    layers, seed = len(model.blocks), initial_seed(cfg)
     # Every block adds twice to the residual stream; its last matrices shrink so that the sum keeps its size.
     depth_scale = 1 / math.sqrt(2 * layers)
-    with seeded(cfg.seed_init, "embedding"):
+    with seeded(seed, "embedding"):
         nn.init.normal_(model.embedding.weight, std=STD)
     for index, block in enumerate(model.blocks):
-        with seeded(cfg.seed_init, f"blocks.{index}.ffn"):
+        with seeded(seed, f"blocks.{index}.ffn"):
             nn.init.normal_(block.ffn.up.weight, std=STD)
             nn.init.normal_(block.ffn.down.weight, std=STD * depth_scale)
         for name in block.branches:
             branch = getattr(block, name)
-            with seeded(cfg.seed_init, f"blocks.{index}.{name}"):
+            with seeded(seed, f"blocks.{index}.{name}"):
                 if isinstance(branch, Attention):
                     nn.init.normal_(branch.qkv_proj.weight, std=STD)
                     nn.init.normal_(branch.o_proj.weight, std=STD * depth_scale)

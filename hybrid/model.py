@@ -12,7 +12,7 @@ from hybrid.branches.attention import Attention
 from hybrid.branches.mamba2 import Mamba2
 from hybrid.branches.rwkv6 import RWKV6
 from hybrid.fusion import build_fusion
-from hybrid.init import init_model, seeded
+from hybrid.init import init_model, initial_seed, seeded
 from hybrid.pattern import branches_of
 from hybrid.schema import Config
 from hybrid.sizes import ffn_hidden, vocab_size
@@ -42,18 +42,18 @@ class Block(nn.Module):
 
     def __init__(self, kinds: tuple[str, ...], cfg: Config, hidden: int, path: str) -> None:
         super().__init__()
-        model = cfg.model
+        model, seed = cfg.model, initial_seed(cfg)
         twins = len(kinds) == 2 and kinds[0] == kinds[1]
         self.branches = tuple(f"{name}_{'ab'[i]}" if twins else name for i, name in enumerate(kinds))
         for name, branch in zip(self.branches, kinds, strict=True):
-            with seeded(cfg.seed_init, f"{path}.{name}"):
+            with seeded(seed, f"{path}.{name}"):
                 self.add_module(name, build_branch(branch, cfg))
         if len(kinds) == 2:
-            with seeded(cfg.seed_init, f"{path}.fusion"):
+            with seeded(seed, f"{path}.fusion"):
                 self.fusion = build_fusion(model.d_model, cfg.fusion, self.branches)
         self.mix_norm = nn.RMSNorm(model.d_model, eps=model.norm_eps)
         self.ffn_norm = nn.RMSNorm(model.d_model, eps=model.norm_eps)
-        with seeded(cfg.seed_init, f"{path}.ffn"):
+        with seeded(seed, f"{path}.ffn"):
             self.ffn = FeedForward(model.d_model, hidden)
         self.dropout = nn.Dropout(model.dropout)
 
@@ -87,7 +87,7 @@ class HybridLM(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         hidden = ffn_hidden(cfg)
-        with seeded(cfg.seed_init, "embedding"):
+        with seeded(initial_seed(cfg), "embedding"):
             self.embedding = nn.Embedding(vocab_size(cfg), cfg.model.d_model)
         self.dropout = nn.Dropout(cfg.model.dropout)
         stack = branches_of(cfg.model.pattern, cfg.model.branches)

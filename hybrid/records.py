@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,14 @@ class RunFolder:
         """Hold the folder. Raises ``RunBusy`` if another process does; a killed process holds nothing."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunBusy(f"{self.path} is being run by another process") from error
+            for attempt in range(5):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if attempt == 4:
+                        raise RunBusy(f"{self.path} is being run by another process") from error
+                    time.sleep(0.05)  # it may only be someone who looks whether it is free (``busy``)
             yield
 
     @property
@@ -141,6 +146,15 @@ class RunFolder:
     def append(self, row: dict[str, Any]) -> None:
         with self.metrics.open("a") as handle:
             handle.write(json.dumps(finite(row)) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What has been logged, in order, without lines that cannot be read."""
+        rows = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.metrics.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+        return rows
 
     def forget_after(self, step: int) -> None:
         """Drop the logged steps that a resumed run will log again, and a line torn by the interruption."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,18 @@ def check_machine(cfg: Config) -> None:
             raise ConfigError(f"kernels.{op}: the {backend} kernels need a CUDA device; use torch or auto")
 
 
-def execute(run: PlannedRun, overrides: list[str]) -> dict[str, Any]:
+def execute(
+    run: PlannedRun,
+    overrides: list[str],
+    judge: Callable[[int, float], str | None] | None = None,
+    trial: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Train, or return the record if the run has ended before.
 
-    Whatever happens is in the summary: an error ends the run as ``failed`` with its reason, and the traceback in the
-    log. Raises ``RunBusy`` where another process is at it, and lets Ctrl-C through.
+    ``judge`` sees every evaluation and may stop the run (``hybrid.training.loop.Judge``); ``trial`` is the search that
+    the run belongs to, for its record. Whatever happens is in the summary: an error ends the run as ``failed`` with
+    its reason, and the traceback in the log. Raises ``RunBusy`` where another process is at it, and lets Ctrl-C
+    through.
     """
     cfg, folder = run.cfg, run.folder
     with folder.lock():
@@ -104,6 +112,8 @@ def execute(run: PlannedRun, overrides: list[str]) -> dict[str, Any]:
         (folder.path / "summary.json").unlink(missing_ok=True)
         folder.create(cfg, run.corpus)
         about = describe_run(cfg, run.corpus, run.run_id, run.variant, overrides)
+        if trial is not None:
+            about["trial"] = trial
         progress = RunProgress(f"{run.variant} seed {cfg.seed_init}", cfg.trainer.max_steps, cfg.display, folder.note)
         with progress:
             folder.note(parameter_table(cfg))
@@ -111,7 +121,7 @@ def execute(run: PlannedRun, overrides: list[str]) -> dict[str, Any]:
                 progress.message(f"{run.corpus.unknown_in_val} validation characters are not in the training text")
             asked_to_stop = False
             try:
-                outcome, asked_to_stop = train(run, progress)
+                outcome, asked_to_stop = train(run, progress, judge)
             except OSError as error:  # a full or missing disk says nothing about the run: it stays unfinished
                 progress.message(f"unfinished: {error}")
                 raise
@@ -138,13 +148,15 @@ def probe(run: PlannedRun, steps: int = 3) -> float:
     return Trainer(run.cfg, run.corpus, run.folder, silent).estimate(steps)
 
 
-def train(run: PlannedRun, progress: RunProgress) -> tuple[dict[str, Any], bool]:
+def train(
+    run: PlannedRun, progress: RunProgress, judge: Callable[[int, float], str | None] | None = None
+) -> tuple[dict[str, Any], bool]:
     """The outcome of training from the newest checkpoint that can be read, and whether Ctrl-C came at its end."""
     from hybrid.training.checkpoint import DamagedCheckpoint
     from hybrid.training.loop import Trainer
 
     while True:
-        trainer = Trainer(run.cfg, run.corpus, run.folder, progress)
+        trainer = Trainer(run.cfg, run.corpus, run.folder, progress, judge)
         run.folder.note(f"kernels: {trainer.environment['kernels']}, device: {trainer.environment['device']}")
         if run.cfg.trainer.device != "cpu" and "torch" in trainer.environment["kernels"].values():
             progress.message("slow: a Triton kernel is not installed, plain PyTorch serves instead (see the log)")

@@ -76,6 +76,7 @@ class FusionConfig:
 @dataclass
 class InitConfig:
     name: str = "official"  # official | fla
+    stream: int | None = None  # another draw of the initial values under one seed (A/A checks)
 
 
 @dataclass
@@ -136,6 +137,25 @@ class KernelsConfig:
 
 
 @dataclass
+class SearchConfig:
+    """A search with Optuna, in every arm of the sweep; none where ``n_trials`` is not set."""
+
+    n_trials: int | None = None  # in all, over every call and every worker
+    # key -> {type: float|int, low:, high:, log:, step:} or {type: categorical, choices:}, each with an optional
+    # when: {earlier key: value or list of values}
+    space: dict[str, Any] = field(default_factory=dict)
+    metric: Any = "best_val_loss"  # a number of summary.json, or a list of them (multi-objective)
+    direction: Any = "minimize"  # minimize | maximize, or a list, one for each metric
+    enqueue: list[dict[str, Any]] = field(default_factory=list)  # known baselines, tried first and never pruned
+    sampler: dict[str, Any] = field(default_factory=dict)  # _target_ and arguments
+    pruner: dict[str, Any] = field(default_factory=dict)
+    study_name: str | None = None  # the sweep's name where it is not set; with arms, the arm is added
+    storage: str | None = None  # a database URL; a journal file in the sweep's folder where it is not set
+    workers: int | None = None  # how many share a study; as many as the launcher runs at once where it is not set
+    worker: int | None = None  # which of them a job is; set by the sweeper
+
+
+@dataclass
 class SweepConfig:
     """A named comparison: arms x grid x seeds. Every arm runs on the same seeds."""
 
@@ -148,6 +168,7 @@ class SweepConfig:
     seeds: list[int] | None = None  # each sets seed_init and seed_data
     retry_failed: bool = False  # run failed runs again
     dry_run: bool = False  # only list the runs, with an estimate of their time
+    search: SearchConfig = field(default_factory=SearchConfig)
 
 
 @dataclass

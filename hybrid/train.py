@@ -70,6 +70,7 @@ def tidy(arguments: list[str]) -> list[str]:
     """``+sweep=NAME`` as ``sweep=NAME``, --dry-run as its key, and -m first: Hydra wants all overrides after it."""
     multirun = [a for a in arguments if a == "-m" or (a.startswith("--mu") and "--multirun".startswith(a))]
     rest = [re.sub(r"^\+sweep=", "sweep=", a) for a in arguments if a not in multirun]
+    rest = [re.sub(r"^sweeps\.retry_failed=", "sweep.retry_failed=", a) for a in rest]
     rest = ["sweep.dry_run=true" if a == "--dry-run" else a for a in rest]
     return ["-m", *rest] if multirun else rest
 
@@ -82,7 +83,11 @@ def hold_back(arguments: list[str]) -> tuple[list[str], list[str]]:
     """
     if "-m" not in arguments:
         return arguments, []
-    held = [a for a in arguments if re.match(r"\+{0,2}\w[\w./@]*=|~", a) and not re.match(r"\+*(hydra|sweep|out)\b", a)]
+    held = [
+        a
+        for a in arguments
+        if re.match(r"\+{0,2}\w[\w./@]*=|~", a) and not re.match(r"\+*(hydra|sweep|out|sampler|pruner)\b", a)
+    ]
     return [a for a in arguments if a not in held], held
 
 
@@ -97,8 +102,8 @@ def job(composed: DictConfig) -> dict | None:
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         cfg = resolve(composed)
-        if single and (cfg.sweep.arms or cfg.sweep.grid or cfg.sweep.seeds):
-            raise ConfigError(f"sweep={cfg.sweep.name} is a comparison of several runs: add -m")
+        if single and (cfg.sweep.arms or cfg.sweep.grid or cfg.sweep.seeds or cfg.sweep.search.n_trials is not None):
+            raise ConfigError(f"sweep={cfg.sweep.name} consists of several runs: add -m")
         run = plan(cfg, check_data(cfg), variant_name(cfg, overrides))
         if run.ended and cfg.display.progress != "off":
             print(f"already there: {run.folder.path}")

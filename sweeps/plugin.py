@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import copy
 import json
-import sys
 import time
-import types
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,23 @@ from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper as HydraSweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hybrid.config import ConfigError, read_composed, resolve
+from hybrid.config import ConfigError, read_composed, resolve, validate
 from hybrid.data import Corpus, prepare
 from hybrid.files import write_text_atomically
 from hybrid.progress import duration
 from hybrid.records import code_version, variant_name
 from hybrid.run import ENDED, PlannedRun, SweepFailed, fit_to_corpus, plan, probe
-from hybrid.schema import SweepConfig
+from hybrid.schema import Config, SweepConfig
 from hybrid.sizes import count_params
-from sweeps.expand import Job, expand, name_of_axes
+from sweeps import launching
+from sweeps.child import ProcessDied
+from sweeps.expand import SEED_KEYS, Job, expand, name_of_axes
+from sweeps.launching import at_once, launch, make_known, record_death
 
 SCHEMA = "groundthink.sweep/1"
 
@@ -52,6 +54,8 @@ class Sweeper(HydraSweeper):
     def sweep(self, arguments: list[str]) -> list[Any]:
         sweep = read_composed(self.config).sweep
         arguments = [*arguments, *self.held_back]
+        if sweep.search.n_trials is not None:
+            return self.search(sweep, arguments)
         jobs = expand(sweep, arguments)
         sweep.name = sweep.name or name_of_axes(arguments)
         runs = self.plan_runs(jobs, sweep.name)
@@ -75,19 +79,81 @@ class Sweeper(HydraSweeper):
                 f"display.sweep_started={started}",
             ]
             batch.append([*jobs[i].overrides, f"variant='{runs[i].variant}'", f"sweep.name='{root.name}'", *display])
-        returns = list(self.launcher.launch(batch, initial_job_idx=0)) if batch else []
+
+        def done() -> str:
+            return f"{sum(run.ended for run in runs)} of {len(runs)} runs are done"
+
+        style = runs[0].cfg.display.progress
+        returns = launch(self.launcher, batch, root, total=len(batch), style=style, done=done)
         errors = {i: ret._return_value for i, ret in zip(todo, returns, strict=True) if ret.status == JobStatus.FAILED}
+        for i, error in errors.items():
+            if isinstance(error, ProcessDied):
+                record_death(runs[i], list(jobs[i].overrides), error)
         conclude(console, runs, errors)
         return returns
 
-    def plan_runs(self, jobs: list[Job], name: str) -> list[PlannedRun]:
-        """Every run's configuration checked, data prepared, identity known. Raises for the first that cannot run."""
-        loader = self.hydra_context.config_loader
+    def search(self, sweep: SweepConfig, arguments: list[str]) -> list[Any]:
+        """An Optuna search in every arm: the jobs are workers that take trials until none is left."""
+        from sweeps import search  # Optuna only where it is asked for
+        from sweeps.worker import work
+
+        def compose(lines: Sequence[str]) -> DictConfig:
+            return self.hydra_context.config_loader.load_sweep_config(self.config, list(lines))
+
+        arms = search.plan_search(sweep, arguments, compose)
+        console = Console(highlight=False)
+        if sweep.retry_failed and not sweep.dry_run:
+            for arm in arms:
+                arm.study.queue_failed()
+        console.print(search.headline(arms), soft_wrap=True, markup=False)
+        if sweep.dry_run:
+            search.show_plan(console, arms)
+            return []
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=self.hydra_context, task_function=work, config=self.config
+        )
+        batch = search.batch_of(arms, at_once(launcher, search.batch_of(arms, at_once=1)))
+
+        def done() -> str:
+            progress = [arm.study.progress() for arm in arms]
+            return (
+                f"{sum(p.n_trials - p.left for p in progress)} of {sum(p.n_trials for p in progress)} trials are done"
+            )
+
+        left = sum(arm.study.progress().left for arm in arms)
+        style = arms[0].cfg.display.progress
+        returns = launch(launcher, batch, arms[0].study.root, total=left, style=style, done=done, restarts=3)
+        errors = [str(ret._return_value) for ret in returns if ret.status == JobStatus.FAILED]
+        search.conclude(console, arms, compose, errors)
+        return returns
+
+    def compose_all(self, jobs: list[Job]) -> list[Config]:
+        """The configuration of every job. Jobs that differ in their seeds alone are composed once: it takes 0.1 s."""
+        arms: dict[tuple[str, ...], Config | None] = {}  # None: something else refers to a seed
         configs = []
         for job in jobs:
-            cfg = resolve(loader.load_sweep_config(self.config, list(job.overrides)))
-            cfg.sweep.name = name
+            lines = [(line.partition("=")[0], line) for line in job.overrides]
+            seeds = {key: line.partition("=")[2] for key, line in lines if key in SEED_KEYS}
+            arm = (*(line for key, line in lines if key not in SEED_KEYS), *sorted(seeds))
+            known = arms.get(arm) if all(value.isdecimal() for value in seeds.values()) else None
+            if known is None:
+                composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(job.overrides))
+                cfg = resolve(composed)
+                written = OmegaConf.to_yaml({key: composed._get_node(key) for key in composed if key != "hydra"})
+                arms[arm] = None if "${seed_" in written else cfg
+            else:
+                cfg = copy.deepcopy(known)
+                for key, value in seeds.items():
+                    setattr(cfg, key, int(value))
+                validate(cfg)
             configs.append(cfg)
+        return configs
+
+    def plan_runs(self, jobs: list[Job], name: str) -> list[PlannedRun]:
+        """Every run's configuration checked, data prepared, identity known. Raises for the first that cannot run."""
+        configs = self.compose_all(jobs)
+        for cfg in configs:
+            cfg.sweep.name = name
         corpora: dict[str, Corpus] = {}
         for cfg in configs:
             key = repr(cfg.data)
@@ -226,18 +292,7 @@ def conclude(console: Console, runs: list[PlannedRun], errors: dict[int, Any]) -
 
 
 def register(held_back: list[str]) -> None:
-    """Make the sweeper known to Hydra, which finds plugins only in modules named ``hydra_plugins.*``.
-
-    The module is made here, so that the package needs no folder of that name beside its own.
-    """
-    try:
-        parent = importlib.import_module("hydra_plugins")  # there if any plugin is installed
-    except ModuleNotFoundError:
-        parent = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
-        parent.__path__ = []
+    """Make the sweeper and the launchers known to Hydra."""
     Sweeper.held_back = tuple(held_back)
-    Sweeper.__module__ = "hydra_plugins.groundthink"
-    module = types.ModuleType(Sweeper.__module__)
-    module.Sweeper = Sweeper
-    parent.groundthink = sys.modules[Sweeper.__module__] = module
-    Plugins.instance().register(Sweeper)
+    make_known(Sweeper)
+    launching.register()

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
@@ -27,6 +28,11 @@ from hybrid.training.optimizer import GradientNorms, build_optimizer, set_lr
 from hybrid.training.schedule import lr_factor
 
 RATIO_WINDOW = 10  # logged steps behind the summary's gradient ratio
+
+
+# Called after every evaluation but the first and the last with its step and loss in nats per token; a text stops the
+# run and is its reason.
+Judge = Callable[[int, float], str | None]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -68,8 +74,10 @@ class Trainer:
     bit on the CPU.
     """
 
-    def __init__(self, cfg: Config, corpus: Corpus, folder: RunFolder, progress: RunProgress) -> None:
-        self.cfg, self.corpus, self.folder, self.progress = cfg, corpus, folder, progress
+    def __init__(
+        self, cfg: Config, corpus: Corpus, folder: RunFolder, progress: RunProgress, judge: Judge | None = None
+    ) -> None:
+        self.cfg, self.corpus, self.folder, self.progress, self.judge = cfg, corpus, folder, progress, judge
         torch.set_num_threads(cfg.trainer.cpu_threads)
         self.device = torch.device(cfg.trainer.device)
         self.dtype = getattr(torch, cfg.trainer.dtype)
@@ -169,6 +177,10 @@ class Trainer:
                         evaluation = self._evaluate(step, speed)
                         if not math.isfinite(evaluation.loss):
                             status, reason = "diverged", f"validation loss not finite at step {step}"
+                            break
+                        reason = self.judge(step, evaluation.loss) if self.judge is not None and not last else None
+                        if reason is not None:
+                            status = "stopped"
                             break
                     if save:
                         self._save(step)

@@ -28,11 +28,14 @@ def write_run(
     run_id: str | None = None,
     curve: Callable[[int], float] | None = None,
     finished: bool = True,
+    gate: float | None = None,
+    config: str = "",
     edit: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     """Write one run folder and return it.
 
+    ``gate`` is logged for every block at each evaluation; ``config`` is added to config.yaml.
     ``changes`` and ``edit`` replace keys of summary.json; a key of a nested object is written ``data__sha256``, and a
     change to ``...`` removes the key. A run that is not ``finished`` has no summary.
     """
@@ -43,7 +46,7 @@ def write_run(
     curve = curve or (lambda step: final + 3.0 * math.exp(-6.0 * step / steps) - 3.0 * math.exp(-6.0))
 
     (folder / "config.yaml").write_text(
-        f"trainer:\n  max_steps: {steps}\nseed_init: {seed}\nseed_data: {seed}\n", encoding="utf-8"
+        f"trainer:\n  max_steps: {steps}\nseed_init: {seed}\nseed_data: {seed}\n{config}", encoding="utf-8"
     )
     (folder / "log.txt").write_text("started\n", encoding="utf-8")
     rows = []
@@ -53,7 +56,7 @@ def write_run(
             {"kind": "train", "step": step, "tokens": step * 1024, "loss": loss, "lr": 3e-4, "lr_rwkv": 3e-4}
             | {"lr_mamba": 3e-4, "grad_norm": 0.8, "grad_norm_rwkv": 0.4, "grad_norm_mamba": 0.5}
             | {"grad_norm_fusion": 0.1, "grad_norm_other": 0.3, "grad_ratio": 0.8, "grad_ratio_total": 0.9}
-            | {"gate_mean": [0.3] * 4, "tokens_per_second": 35000.0, "memory_bytes": 2**28, "wall_seconds": step * 0.2}
+            | {"tokens_per_second": 35000.0, "memory_bytes": 2**28, "wall_seconds": step * 0.2}
         )
         if step % eval_every == 0:
             rows.append(
@@ -65,6 +68,7 @@ def write_run(
                     "val_bits_per_byte": loss * 1.44,
                 }
                 | {"train_loss": loss - 0.05, "wall_seconds": step * 0.2}
+                | ({"gate_mean": [gate] * 4} if gate is not None else {})
             )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

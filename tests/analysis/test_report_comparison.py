@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 from analysis.arms import Baseline, UnknownArm, choose_baseline
 from analysis.compare import compare, difference_frame
 from analysis.flags import matches, seed_words
 from analysis.frames import runs_frame
+from analysis.latex import latex
 from analysis.records import read_records
-from analysis.tables import comparison_frame, comparison_table, markdown
+from analysis.tables import comparison_frame, comparison_table, markdown, sizes_table
 from analysis.verdict import verdict
 
 ARM = (1.50, 1.52, 1.48)  # with BASE: the example computed by hand in test_report_statistics
@@ -42,7 +45,9 @@ def test_differences_are_paired_by_seed(tmp_path, make_run):
     row = comparison.difference("gated")
     assert (row["pairs"], row["better_in"]) == (3, 3)
     assert row["difference"] == pytest.approx(-0.28 / 3)
-    assert row["p"] == row["p_holm"] == pytest.approx(1 - math.sqrt(28 / 30))
+    # of two arms the block model is the paired t test
+    assert row["p"] == row["p_adjusted"] == pytest.approx(1 - math.sqrt(28 / 30))
+    assert row["p_block"] == row["p_holm"] == pytest.approx(row["p"])
     assert row["shown"] and comparison.arms == ["gated", "gain"]
 
     frame = comparison_frame(comparison, records).set_index("arm")
@@ -69,20 +74,72 @@ def test_words_need_evidence(tmp_path, make_run):
     assert kinds == {"better": "better", "worse": "worse", "noise": "none"}
     assert "no difference shown" in said(comparison, "noise").text
     assert "winner" not in str(verdict(comparison)).lower()
-    assert verdict(comparison).headline == (
-        "better is better than base; worse is worse than base; no difference shown between noise and base."
+    # differences of better: -0.20, -0.19, -0.19, mean -0.58/3, sd sqrt(1/3)/100; t(2) at 97.5% is 4.302653
+    assert re.fullmatch(
+        r"better beats base by 0\.1933 ± 0\.0143 nats \(3 paired seeds, adjusted p = 0\.\d{3}\); worse is worse "
+        r"than base by 0\.3067 ± 0\.0143 nats \(3 paired seeds, adjusted p < 0\.001\); no difference shown between "
+        r"noise and base \(smallest difference these 3 seeds could show: 0\.\d{4}\)\.",
+        verdict(comparison).headline,
     )
 
 
 def test_correction_can_take_a_difference_away(tmp_path, make_run):
     losses(make_run, tmp_path, "base", BASE)
     losses(make_run, tmp_path, "gated", ARM)  # p = 0.034 alone
-    losses(make_run, tmp_path, "other", (1.60, 1.55, 1.65))
+    losses(make_run, tmp_path, "other", (1.60, 1.55, 1.72))
     comparison, _ = compared(tmp_path, "base")
     row = comparison.difference("gated")
-    assert row["p_holm"] == pytest.approx(2 * row["p"]) and row["high"] < 0
+    assert row["p_adjusted"] == row["p_block"] > 0.05 > row["p"] and row["high"] < 0
+    assert comparison.methods["best_val_loss"].name == "dunnett"
     assert said(comparison, "gated").kind == "none"
     assert "interval alone excludes 0" in said(comparison, "gated").text
+
+
+def test_a_difference_needs_its_own_spread_too(tmp_path, make_run):
+    """What the pooled residual calls a difference is none while the arm's own paired test does not."""
+    steady = {f"steady{i}": [1.50 + 0.01 * i + x for x in (0.0, 0.001 * i, 0.0)] for i in range(5)}
+    for arm, values in ({"base": (1.50, 1.50, 1.501)} | steady | {"wild": (1.45, 1.40, 1.50)}).items():
+        losses(make_run, tmp_path, arm, values)
+    comparison, _ = compared(tmp_path, "base")
+    row = comparison.difference("wild")
+    assert row["p_block"] < 0.05 < row["p"] == row["p_adjusted"] and not row["shown"]
+
+
+def test_a_noisy_baseline_is_not_pooled(tmp_path, make_run):
+    random = np.random.default_rng(0)
+    losses(make_run, tmp_path, "base", 1.5 + 0.1 * random.normal(size=5))
+    for arm in "abcd":
+        losses(make_run, tmp_path, arm, 1.4 + 0.002 * random.normal(size=5))
+    comparison, _ = compared(tmp_path, "base")
+    method = comparison.methods["best_val_loss"]
+    assert method.name == "holm" and method.p_spread < 0.001
+    row = comparison.difference("a")
+    assert row["p_adjusted"] == row["p_holm"] >= row["p"]
+    assert any("not pooled" in remark and "Holm" in remark for remark in verdict(comparison).remarks)
+
+
+def test_arms_without_common_seeds_are_compared_unpaired(tmp_path, make_run):
+    losses(make_run, tmp_path, "base", BASE)
+    for seed, value in enumerate(ARM):
+        make_run(tmp_path, "gated", seed + 10, final=value)
+    comparison, _ = compared(tmp_path, "base")
+    row = comparison.difference("gated")
+    expected = scipy.stats.ttest_ind(ARM, BASE, equal_var=False)
+    assert (row["test"], row["pairs"], row["p_adjusted"]) == ("unpaired", 0, pytest.approx(expected.pvalue))
+    assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert said(comparison, "gated").kind == "better" and "unpaired" in said(comparison, "gated").text
+    assert "Welch" in said(comparison, "gated").text
+
+
+def test_paired_and_unpaired_share_the_error(tmp_path, make_run):
+    losses(make_run, tmp_path, "base", BASE)
+    losses(make_run, tmp_path, "gated", ARM)
+    for seed, value in enumerate(ARM):
+        make_run(tmp_path, "other", seed + 10, final=value)
+    comparison, _ = compared(tmp_path, "base")
+    paired, unpaired = comparison.difference("gated"), comparison.difference("other")
+    assert paired["p_adjusted"] == pytest.approx(2 * paired["p"])
+    assert unpaired["p_adjusted"] == pytest.approx(2 * unpaired["p"])
 
 
 def test_two_seeds_say_how_wide(tmp_path, make_run):
@@ -139,6 +196,11 @@ def test_other_data_is_not_compared(tmp_path, make_run):
         ({"tokens": 999}, "tokens", "training tokens 999 instead of 153,600"),
         ({"environment__code_version": "w" * 12}, "code", "code version wwwwwwwwwwww"),
         ({"environment__device": "cuda"}, "device", "device cuda instead of cpu"),
+        (
+            {"environment__versions": {"python": "3.11.2", "torch": "2.11.0"}},
+            "versions",
+            "versions torch 2.11.0 instead of torch 2.13.0",
+        ),
         ({"status": "stopped", "stop_reason": "plateau"}, "stopped", "3 of 3 stopped early (plateau)"),
     ],
 )
@@ -215,12 +277,13 @@ def test_best_mean_is_corrected_over_all_pairs(tmp_path, make_run):
     """An arm that is chosen for its result is not a baseline set beforehand: 3 arms make 3 comparisons, not 2."""
     losses(make_run, tmp_path, "a", ARM)
     losses(make_run, tmp_path, "b", BASE)
-    losses(make_run, tmp_path, "c", (1.71, 1.70, 1.72))
+    losses(make_run, tmp_path, "c", (1.75, 1.70, 1.65))
     named, _ = compared(tmp_path, "a")
     chosen, _ = compared(tmp_path)
     assert chosen.baseline == Baseline("a", "best_mean")
     assert (named.difference("b")["family"], chosen.difference("b")["family"]) == (2, 3)
-    assert chosen.difference("b")["p_holm"] >= named.difference("b")["p_holm"]
+    assert chosen.difference("b")["p_block"] > named.difference("b")["p_block"]
+    assert (named.methods["best_val_loss"].name, chosen.methods["best_val_loss"].name) == ("dunnett", "tukey")
     assert any("chosen after looking" in remark for remark in verdict(chosen).remarks)
 
 
@@ -235,7 +298,7 @@ def test_family_wise_error_whatever_the_baseline(source):
             [(arm, s, s, values[i, s]) for i, arm in enumerate(arms) for s in range(seeds)],
             columns=["arm", "seed_init", "seed_data", "best_val_loss"],
         )
-        frame = difference_frame(runs, arms, Baseline(baseline, source), "best_val_loss", set())
+        frame, _ = difference_frame(runs, arms, Baseline(baseline, source), "best_val_loss", set())
         wrong += frame["shown"].any()
     assert wrong / sweeps < 0.05 + 3 * math.sqrt(0.05 * 0.95 / sweeps)
 
@@ -270,3 +333,25 @@ def test_the_table_of_the_specification(tmp_path, make_run):
 def test_seed_words():
     assert seed_words([(1, 1), (0, 0)]) == "seeds 0, 1"
     assert seed_words([(0, 1)]) == "seed 0/1 (init/data)"
+
+
+def test_the_dtype_of_the_configuration_is_compared(tmp_path, make_run):
+    losses(make_run, tmp_path, "base", BASE)
+    losses(make_run, tmp_path, "gated", ARM)
+    for folder in tmp_path.iterdir():
+        dtype = "bfloat16" if folder.name.startswith("gated") else "float32"
+        (folder / "config.yaml").write_text(f"optim:\n  dtype: no\ntrainer:\n  max_steps: 150\n  dtype: {dtype}\n")
+    comparison, _ = compared(tmp_path, "base")
+    assert [(f.arm, f.text) for f in comparison.flags] == [("gated", "dtype bfloat16 instead of float32")]
+
+
+def test_gates_are_counted(tmp_path, make_run):
+    gates = {"G0": {"verdict": "pass"}, "G1": {"verdict": "warn"}, "G2": {"verdict": "fail"}, "G3": {"verdict": None}}
+    losses(make_run, tmp_path, "us_50%", ARM, gates=gates)
+    losses(make_run, tmp_path, "base", BASE)
+    comparison, records = compared(tmp_path, "base")
+    table = sizes_table(comparison_frame(comparison, records))
+    assert table.header[-1] == "Gates passed"
+    assert [row[-1].text for row in table.rows] == ["3 of 9 (3 warned)", "—"]
+    text = latex(table)
+    assert r"us\_50\%" in text and text.count(r"\\") == 3 and "us_" not in text

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -73,9 +74,13 @@ def paths(sweep):
 def test_report_files(sweep, paths):
     assert paths.folder == sweep / "report"
     written = {path.relative_to(paths.folder).as_posix() for path in paths.folder.rglob("*") if path.is_file()}
-    assert written == {"report.html", "report.md"} | {
+    names = ("learning_curves", "final_loss", "gradient_ratio")
+    assert {name for name in written if not name.startswith("tables/")} == {"report.html", "report.md"} | {
+        f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")
+    }
+    assert written >= {
         f"tables/{name}" for name in ("comparison.csv", "comparison.md", "differences.csv", "left_out.csv", "runs.csv")
-    } | {f"figures/{name}.{kind}" for name in ("learning_curves", "final_loss") for kind in ("png", "svg")}  # fmt: skip
+    }
     for name, path in paths.figures.items():
         if name.endswith(".png"):
             with Image.open(path) as image:
@@ -97,8 +102,13 @@ def test_page_is_self_contained_and_escaped(paths):
     page = Page(text)
     assert page.unbalanced == [] and page.open == []
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", text)
-    assert all(re.match(r"#|tables/\w+\.csv$", address) for address in page.addresses)
-    assert text.count("<svg") == 2
+    assert all(re.match(r"#|(tables|figures)/\w+\.(csv|png|svg|md|tex)$|\.\./", address) for address in page.addresses)
+    for address in page.addresses:
+        if not address.startswith("#"):
+            assert (paths.folder / unquote(address)).exists(), address
+    anchors = {address[1:] for address in page.addresses if address.startswith("#")}
+    assert anchors <= set(re.findall(r'\bid="([^"]+)"', text))
+    assert text.count("<svg") == 3
     words = " ".join(page.texts)
     assert "no difference shown from gain" in words
     assert "<b>&bold|*" in words  # as text, not as an element

@@ -58,6 +58,8 @@ def choices() -> list[tuple[str, str]]:
         "blocks",
         "gate_init",
         "sweep",
+        "sampler",
+        "pruner",
     ]
     assert {path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "__pycache__"} == {
         *groups,
@@ -72,7 +74,9 @@ def test_every_choice_is_valid_and_reads_back_the_same(group: str, option: str, 
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
     again = from_yaml(tmp_path / "config.yaml")
     assert again == cfg and identity(again) == identity(cfg)
-    if group not in ("blocks", "gate_init", "sweep", "trainer"):
+    if group in ("sampler", "pruner"):
+        assert getattr(cfg.sweep.search, group)["_target_"].startswith(f"optuna.{group}s.")
+    elif group not in ("blocks", "gate_init", "sweep", "trainer"):
         assert getattr(cfg, group).name == option if group != "kernels" else cfg.kernels.wkv6 == option
 
 

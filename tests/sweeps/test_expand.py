@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from hybrid.config import CONF_DIR, ConfigError
 from hybrid.schema import SweepConfig
 from sweeps.expand import Job, expand, hydra_value, label
+from sweeps.space import Space
 
 
 def names(jobs: list[Job]) -> list[str | None]:
@@ -247,11 +248,18 @@ def test_named_sweeps_are_well_formed(path: Path) -> None:
         assert not any(described.values())
         return
     sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepConfig), described))
-    assert sweep.name == path.stem and "?" in sweep.question and len(sweep.seeds) >= 2
+    assert sweep.name == path.stem and "?" in sweep.question
+    assert path.read_text().splitlines()[0].startswith("# @package _global_")
+    if sweep.search.n_trials is not None:
+        space = Space(sweep.search.space)
+        assert sweep.search.enqueue and not sweep.seeds
+        for params in sweep.search.enqueue:
+            assert space.check_params(params, "enqueue").keys() == sweep.search.space.keys()
+        return
+    assert len(sweep.seeds) >= 2
     jobs = expand(sweep, [])
     arms = {job.variant for job in jobs}
     assert len(arms) > 1 and sweep.baseline in arms and len(jobs) == len(arms) * len(sweep.seeds)
-    assert path.read_text().splitlines()[0].startswith("# @package _global_")
 
 
 def test_smoke_compares_all_fusions() -> None:

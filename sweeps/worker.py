@@ -1,0 +1,146 @@
+"""A job of a search: runs trials of one study, one after another in its process, until none is left.
+
+Being the job itself that asks, reports and tells, a search works the same under every launcher, and any number of
+jobs, started together or by hand, share a study.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from optuna.pruners import NopPruner
+from optuna.trial import Trial, TrialState
+
+from hybrid.config import ConfigError, resolve
+from hybrid.data import Corpus
+from hybrid.records import RunBusy, code_version
+from hybrid.run import PlannedRun, check_data, execute, fit_to_corpus, plan
+from hybrid.schema import Config
+from sweeps.outcome import write_search_file
+from sweeps.study import Study, Worker, storage_errors
+
+PRUNED = "pruned"
+
+
+def work(composed: DictConfig) -> None:
+    """Hydra's task function of a search."""
+    cfg = resolve(composed)
+    hydra = HydraConfig.get()
+    compose = composer(hydra)
+    root = Path(cfg.out).expanduser() / str(cfg.sweep.name)
+    study = Study(cfg.sweep.search, str(cfg.sweep.search.study_name), root)
+    corpus = check_data(cfg)
+    with Worker(root) as worker:
+        while (trial := study.claim(worker)) is not None:
+            run_trial(study, trial, cfg, corpus, compose)
+            write_search_file(study, cfg)
+
+
+def composer(hydra: HydraConf) -> Callable[[list[str]], Config]:
+    """How this job was composed, for other overrides on top of its own."""
+    path = ConfigSearchPathImpl()
+    for source in hydra.runtime.config_sources:
+        path.append(source.provider, f"{source.schema}://{source.path}")
+    loader = ConfigLoaderImpl(path)
+    own = [*OmegaConf.to_container(hydra.overrides.hydra), *OmegaConf.to_container(hydra.overrides.task)]
+
+    def compose(more: list[str]) -> Config:
+        return resolve(loader.load_configuration(hydra.job.config_name, [*own, *more], run_mode=RunMode.RUN))
+
+    return compose
+
+
+def run_trial(study: Study, trial: Trial, arm: Config, corpus: Corpus, compose: Callable[[list[str]], Config]) -> None:
+    """Draw the trial's parameters, train or find the run, and tell the study what became of it.
+
+    Raises ``StudyError`` or another ``OSError`` where the disk or the database fails, which says nothing about the
+    trial: it stays running and is taken over by the next worker.
+    """
+    with storage_errors(study.where):
+        lines = study.space.overrides(study.space.suggest(trial))
+    variant = f"{arm.variant}-trial-{trial.number:03d}" if arm.variant else f"trial-{trial.number:03d}"
+    display = [f"display.run_index={trial.number + 1}", f"display.run_total={study.search.n_trials}"]
+    try:
+        cfg = compose([*lines, *display])
+        fit_to_corpus(cfg, corpus)
+        run = plan(cfg, corpus, variant)
+    except ConfigError as error:
+        with storage_errors(study.where):
+            study.fail(trial, str(error))
+        return
+    with storage_errors(study.where):
+        for key, value in (("folder", run.folder.path.name), ("run_id", run.run_id), ("code", code_version())):
+            trial.set_user_attr(key, value)
+    overrides = [line for line in (*arm_overrides(), *lines)]
+    summary = wait_and_execute(run, overrides, judge_of(study, trial), {"study": study.name, "number": trial.number})
+    with storage_errors(study.where):
+        tell(study, trial, run, summary)
+
+
+def arm_overrides() -> list[str]:
+    """The overrides of this job that say something of its runs."""
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    return [line for line in given if not line.lstrip("+").startswith(("variant", "sweep", "display"))]
+
+
+def judge_of(study: Study, trial: Trial) -> Callable[[int, float], str | None]:
+    """Reports an evaluation to the study and asks its pruner, but for known baselines: others are held against them."""
+    never = isinstance(study.pruner, NopPruner) or trial.user_attrs.get("enqueued", False)
+    reported = set(trial.storage.get_trial(trial._trial_id).intermediate_values)
+
+    def judge(step: int, loss: float) -> str | None:
+        if len(study.metrics) > 1:
+            return None  # Optuna takes no intermediate values of several objectives
+        with storage_errors(study.where):
+            if step not in reported:
+                trial.report(loss, step)
+            return PRUNED if not never and trial.should_prune() else None
+
+    return judge
+
+
+def wait_and_execute(
+    run: PlannedRun, overrides: list[str], judge: Callable[[int, float], str | None], trial: dict[str, Any]
+) -> dict[str, Any]:
+    """The record of the run; where another process is at the same one, its record once it is there."""
+    while True:
+        with contextlib.suppress(RunBusy):
+            return execute(run, overrides, judge, trial)
+        time.sleep(1)
+
+
+def tell(study: Study, trial: Trial, run: PlannedRun, summary: dict[str, Any]) -> None:
+    """End the trial with what the record says."""
+    trial.set_user_attr("steps", summary["steps"])
+    trial.set_user_attr("max_steps", run.cfg.trainer.max_steps)
+    trial.set_user_attr("seconds", summary["wall_seconds"])
+    status, reason = summary["status"], summary["stop_reason"]
+    if status in ("diverged", "failed"):
+        study.fail(trial, f"{status}: {reason}", again=status == "failed")
+        return
+    if len(study.metrics) == 1:  # all that the run evaluated, also where an earlier trial or call trained it
+        reported = set(trial.storage.get_trial(trial._trial_id).intermediate_values)
+        for row in run.folder.rows():
+            known = row.get("kind") != "eval" or row["step"] == 0 or row["step"] in reported
+            if not known and row["val_loss"] is not None:
+                trial.report(row["val_loss"], row["step"])
+    if (status, reason) == ("stopped", PRUNED):
+        study.optuna.tell(trial, state=TrialState.PRUNED)
+        return
+    values = [summary.get(metric) for metric in study.metrics]
+    missing = [m for m, v in zip(study.metrics, values, strict=True) if v is None or not math.isfinite(v)]
+    if missing:
+        study.fail(trial, f"{missing[0]} is not a finite number")
+    else:
+        study.optuna.tell(trial, values)
