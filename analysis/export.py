@@ -33,9 +33,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pa_parquet
 
-from analysis.frames import complete_lines
-from analysis.plans import load_object, whole
-from analysis.records import RUN_SCHEMA, LeftOut, Records, Run, read_records
+from analysis.records.json_files import load_object, whole
+from analysis.records.runs import RUN_SCHEMA, LeftOut, Records, Run, read_records
+from analysis.records.steps import complete_lines, read_lines
 
 FORMATS = ("parquet", "csv")
 _ORDER = ("arm", "seed_init", "seed_data", "run_id", "folder")
@@ -163,17 +163,8 @@ def _read_steps(path: Path) -> tuple[pa.Table, int]:
 
 
 def _read_line_by_line(lines: bytes) -> tuple[pa.Table, int]:
-    rows, bad = [], 0
-    for line in lines.splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            bad += bool(line.strip())
-            continue
-        if isinstance(row, dict) and isinstance(row.get("kind"), str) and whole(row.get("step")) is not None:
-            rows.append(_flat(row) | {"step": whole(row["step"])})
-        else:
-            bad += 1
+    found, bad = read_lines(lines)
+    rows = [_flat(row) | {"step": whole(row["step"])} for row in found]
     return pa.Table.from_pandas(_plain_columns(pd.DataFrame(rows)), preserve_index=False), bad
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.arms import UnknownArm, choose_baseline
-from analysis.records import METRICS, LeftOut, Records, read_records
+from analysis.comparison.baseline import UnknownArm, choose_baseline
+from analysis.records.runs import METRICS, LeftOut, Records, read_records
 
 if TYPE_CHECKING:
-    from analysis.frames import StepReader
-    from analysis.page import Compared, Report
+    from analysis.page.content import Compared, Report
+    from analysis.records.steps import StepReader
 
 WATCH_SECONDS = 30.0
 
@@ -68,11 +68,13 @@ def write_report(
     notes = list(records.notes)
     compared = _compare(records, folder, baseline, metric, reader, tables, notes) if records.runs else None
 
-    from analysis.figures import drop_stale
-    from analysis.markdown_page import markdown_page
-    from analysis.page import Report, html_page
-    from analysis.search_report import report_searches
-    from analysis.tables import left_out_frame, write_text
+    from analysis.figures.drawing import drop_stale
+    from analysis.files import write_text
+    from analysis.page.content import Report
+    from analysis.page.html import html_page
+    from analysis.page.markdown import markdown_page
+    from analysis.search.report import report_searches
+    from analysis.tables.comparison import left_out_frame
 
     searches = report_searches(folder, records)
     for found in searches:
@@ -104,14 +106,15 @@ def _compare(
     except UnknownArm as error:
         raise ReportError(str(error)) from None
 
-    from analysis.compare import compare
-    from analysis.configs import arm_configs
-    from analysis.figures import read_curves, write_figures
-    from analysis.frames import StepReader, runs_frame
-    from analysis.page import Compared
-    from analysis.table_files import write_tables
-    from analysis.tables import comparison_frame
-    from analysis.verdict import verdict
+    from analysis.comparison.compare import compare
+    from analysis.comparison.verdict import verdict
+    from analysis.figures.drawing import read_curves, write_figures
+    from analysis.page.content import Compared
+    from analysis.records.configs import arm_configs
+    from analysis.records.frames import runs_frame
+    from analysis.records.steps import StepReader
+    from analysis.tables.comparison import comparison_frame
+    from analysis.tables.files import write_tables
 
     comparison = compare(records, runs_frame(records.runs), chosen, metric)
     frame = comparison_frame(comparison, records)
@@ -122,7 +125,7 @@ def _compare(
         notes.append(f"{shown}/metrics.jsonl: {count} unreadable lines skipped")
     comparison.findings.add_settling(curves.steps.rows, comparison.runs)
     tables |= {path.name: path for path in write_tables(folder / "tables", frame, comparison, records)}
-    figures = write_figures(folder / "figures", comparison, records, configs, curves)
+    figures = write_figures(folder / "figures", comparison, records, curves)
     return Compared(comparison, frame, verdict(comparison), configs, figures)
 
 
@@ -179,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = write_report(arguments.directory, arguments.baseline, arguments.metric)
     except ReportError as error:
         if error.left_out:
-            from analysis.terminal import console, print_left_out
+            from analysis.page.terminal import console, print_left_out
 
             print_left_out(console(), error.left_out)
         print(f"error: {error}", file=sys.stderr)
@@ -188,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the report cannot be written: {error}", file=sys.stderr)
         return 2
 
-    from analysis.terminal import console, print_paths
+    from analysis.page.terminal import console, print_paths
 
     print_paths(console(), paths)
     return 0

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from analysis.records import Records
+from analysis.records.runs import Records
 from analysis.report import ReportError, write_report
 
 _WATCHED = ("summary.json", "metrics.jsonl", "sweep.json", "config.yaml")
@@ -18,8 +18,8 @@ def watch(directory: Path, baseline: str | None, metric: str, every: float) -> i
     The page loads itself again as long as the sweep is unfinished. Raises ReportError if ``directory`` is no folder or
     the arguments are wrong; a folder without a usable run yet is waited for.
     """
-    from analysis.frames import StepReader
-    from analysis.terminal import console, print_paths, print_watched
+    from analysis.page.terminal import console, print_paths, print_watched
+    from analysis.records.steps import StepReader
 
     if not directory.is_dir():
         write_report(directory, baseline, metric)  # raises the error that says so

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from analysis.export import export, main
-from tests.analysis.search_files import trial, write_search, write_trial_runs
+from tests.analysis.search.search_files import trial, write_search, write_trial_runs
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Four real records (two fusions, two seeds, 40 steps on a CPU) against tables worked out from them by other means.
 
-``records/comparison.csv`` and ``records/steps.csv`` were computed from the JSON files with Python's ``statistics`` and
+``golden/comparison.csv`` and ``golden/steps.csv`` were computed from the JSON files with Python's ``statistics`` and
 ``csv``, without anything of ``analysis``.
 """
 
@@ -15,7 +15,7 @@ import pytest
 from analysis.export import export
 from analysis.report import write_report
 
-RECORDS = Path(__file__).parent / "records"
+RECORDS = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Tables: raw numbers as data frames, words as Markdown, LaTeX and HTML."""
