@@ -35,7 +35,7 @@ class ConfigError(ValueError):
 # Keys that cannot change a result and so are no part of a run's identity.
 NOT_IDENTITY = (
     "sweep", "display", "variant", "out", "data.path", "data.cache_dir",
-    "trainer.checkpoint_every", "trainer.tensorboard", "trainer.cpu_threads",
+    "trainer.checkpoint_every", "trainer.tensorboard", "trainer.cpu_threads", "trainer.seeds_together",
 )  # fmt: skip
 
 
@@ -102,13 +102,15 @@ def validate(cfg: Config) -> None:
         raise ConfigError(
             f"schedule.warmup_steps={schedule.warmup_steps} must be below trainer.max_steps={trainer.max_steps}"
         )
+    if trainer.seeds_together is not None:
+        _at_least("trainer.seeds_together", trainer.seeds_together, 1)
     if trainer.cpu_threads is not None:
         _at_least("trainer.cpu_threads", trainer.cpu_threads, 1)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", trainer.device):
         raise ConfigError(f"trainer.device must be auto, cpu, cuda or cuda:N, got '{trainer.device}'")
     _one_of("trainer.dtype", trainer.dtype, ["auto", "float32", "bfloat16"])
-    _one_of("kernels.wkv6", cfg.kernels.wkv6, ["auto", "torch", "fla"])
-    _one_of("kernels.ssd", cfg.kernels.ssd, ["auto", "torch", "mamba_ssm"])
+    _one_of("kernels.wkv6", cfg.kernels.wkv6, ["auto", "torch", "triton", "fla", "triton+fla"])
+    _one_of("kernels.ssd", cfg.kernels.ssd, ["auto", "torch", "triton", "mamba_ssm", "triton+mamba_ssm"])
     _one_of("display.progress", cfg.display.progress, ["auto", "bar", "plain", "off"])
     _one_of("data.name", data.name, group_options("data"))
     _one_of("data.tokenizer", data.tokenizer, ["char", "bpe"])

@@ -8,6 +8,7 @@ from hybrid.config import ConfigError
 from hybrid.kernels import BackendError, resolve_backend
 from hybrid.schema import Config
 
+FULL = 32768  # tokens of a micro-batch with which a GPU is busy
 DEFAULT_THREADS = torch.get_num_threads()  # before any run of this process has set another number
 
 
@@ -29,6 +30,14 @@ def resolve_device(cfg: Config) -> None:
             )
     if trainer.dtype == "auto":
         trainer.dtype = "bfloat16" if trainer.device.startswith("cuda") else "float32"
+    cuda = trainer.device.startswith("cuda")
+    if trainer.cuda_graph and not cuda:
+        raise ConfigError(f"trainer.cuda_graph=true needs a CUDA device, not {trainer.device}")
+    trainer.compile = cuda if trainer.compile is None else trainer.compile
+    trainer.cuda_graph = cuda if trainer.cuda_graph is None else trainer.cuda_graph
+    if trainer.seeds_together is None:  # a step of more tokens fills a GPU by itself
+        tokens = trainer.batch_size * cfg.data.seq_len
+        trainer.seeds_together = max(1, min(8, FULL // tokens)) if trainer.cuda_graph else 1
     if trainer.cpu_threads is None:
         trainer.cpu_threads = DEFAULT_THREADS
     for op in ("wkv6", "ssd"):
@@ -37,3 +46,9 @@ def resolve_device(cfg: Config) -> None:
         except BackendError as error:
             raise ConfigError(f"kernels.{op}: {error}") from error
         setattr(cfg.kernels, op, backend)
+
+
+def gpu_id(device: torch.device) -> str:
+    """The UUID by which NVML and nvidia-smi know a CUDA device."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"

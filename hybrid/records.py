@@ -28,6 +28,10 @@ SCHEMA = "groundthink.run/1"
 PACKAGE = Path(__file__).resolve().parent
 
 
+# Sources that no result depends on.
+NOT_RESULTS = ("progress.py", "generate.py", "memory.py", "monitor.py", "profile.py", "training/board.py", "bench/")
+
+
 class RunBusy(RuntimeError):
     """Another process is working in this run folder; the message is one line."""
 
@@ -37,7 +41,7 @@ def code_version() -> str:
     """A hash of the sources that a result depends on: two runs of one configuration compare only if it agrees."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.relative_to(PACKAGE).as_posix() in ("progress.py", "generate.py", "memory.py", "training/board.py"):
+        if path.relative_to(PACKAGE).as_posix().startswith(NOT_RESULTS):
             continue
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -1,18 +1,22 @@
-"""One run: from a checked configuration to a finished folder. Imports torch only once the configuration holds."""
+"""One run, or several that train as one: from checked configurations to finished folders.
+
+Imports torch only once the configurations hold.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hybrid.config import ConfigError
 from hybrid.data import Corpus, prepare
 from hybrid.progress import RunProgress
-from hybrid.records import RunFolder, describe_run, run_id
+from hybrid.records import RunBusy, RunFolder, describe_run, run_id
 from hybrid.schema import Config, DisplayConfig
 from hybrid.sizes import PARTS, count_params
 
@@ -99,71 +103,144 @@ def execute(
 ) -> dict[str, Any]:
     """Train, or return the record if the run has ended before.
 
-    ``judge`` sees every evaluation and may stop the run (``hybrid.training.loop.Judge``); ``trial`` is the search that
-    the run belongs to, for its record. Whatever happens is in the summary: an error ends the run as ``failed`` with
-    its reason, and the traceback in the log. Raises ``RunBusy`` where another process is at it, and lets Ctrl-C
+    ``judge`` sees every evaluation and may stop the run (``hybrid.training.member.Judge``); ``trial`` is the search
+    that the run belongs to, for its record. Whatever happens is in the summary: an error ends the run as ``failed``
+    with its reason, and the traceback in the log. Raises ``RunBusy`` where another process is at it, and lets Ctrl-C
     through.
     """
-    cfg, folder = run.cfg, run.folder
-    with folder.lock():
+    with run.folder.lock():
         if run.ended:
-            folder.remove_steps()  # in case the process died just before it did
-            return folder.summary()
-        (folder.path / "summary.json").unlink(missing_ok=True)
-        folder.create(cfg, run.corpus)
-        about = describe_run(cfg, run.corpus, run.run_id, run.variant, overrides)
-        if trial is not None:
-            about["trial"] = trial
-        progress = RunProgress(f"{run.variant} seed {cfg.seed_init}", cfg.trainer.max_steps, cfg.display, folder.note)
-        with progress:
-            folder.note(parameter_table(cfg))
-            if run.corpus.unknown_in_val:
-                progress.message(f"{run.corpus.unknown_in_val} validation characters are not in the training text")
-            asked_to_stop = False
-            try:
-                outcome, asked_to_stop = train(run, progress, judge)
-            except OSError as error:  # a full or missing disk says nothing about the run: it stays unfinished
-                progress.message(f"unfinished: {error}")
-                raise
-            except Exception as error:
-                folder.note(traceback.format_exc())
-                said = str(error).strip().splitlines() or [""]
-                reason = f"{type(error).__name__}: {said[0]}"
-                outcome = dict.fromkeys(OUTCOME) | {"status": "failed", "stop_reason": reason}
-            if outcome["status"] != "completed":
-                progress.message(f"{outcome['status']}: {outcome['stop_reason']} (log: {folder.log})")
-        folder.write_summary(about | outcome)
-        if outcome["status"] in ENDED:  # only now: until the summary stands, a restart goes on from the checkpoint
-            folder.remove_steps()
+            run.folder.remove_steps()  # in case the process died just before it did
+            return run.folder.summary()
+        job = Job(run, overrides, judge, trial)
+        with job.progress:
+            outcomes, asked_to_stop = attempt([job])
+            job.finish(outcomes[0])
         if asked_to_stop:
             raise KeyboardInterrupt("stopped after the last step; this run is done")
-        return folder.summary()
+        return run.folder.summary()
+
+
+def execute_together(runs: list[PlannedRun], overrides: list[list[str]]) -> list[dict[str, Any] | None]:
+    """The same for runs that differ by their seeds, trained as one; None for one that another process is at.
+
+    Runs whose checkpoints are at different steps go on in several groups. Where training them together fails, they
+    are tried one by one, so that each gets the record that it would have alone.
+    """
+    with contextlib.ExitStack() as locks:
+        jobs = []
+        for run, lines in zip(runs, overrides, strict=True):
+            try:
+                locks.enter_context(run.folder.lock())
+            except RunBusy as error:
+                print(error, flush=True)  # someone else's sweep is at it; this one goes on with the others
+                continue
+            if run.ended:
+                run.folder.remove_steps()
+            else:
+                jobs.append(Job(run, lines, place=len(jobs)))
+        groups: dict[str, list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(
+                max((path.name for path in job.run.folder.checkpoints.glob("step-*")), default=""), []
+            ).append(job)
+        for group in groups.values():
+            with contextlib.ExitStack() as shown:
+                for job in group:
+                    shown.enter_context(job.progress)
+                outcomes, asked_to_stop = attempt(group)
+                for job, outcome in zip(group, outcomes, strict=True):
+                    if outcome["status"] == "failed" and len(group) > 1:
+                        job.progress.message(f"tried alone after {outcome['stop_reason']}")
+                        (outcome,), asked_to_stop = attempt([job])
+                    job.finish(outcome)
+            if asked_to_stop:
+                raise KeyboardInterrupt("stopped after the last step; these runs are done")
+    return [run.folder.summary() for run in runs]
+
+
+class Job:
+    """A run about to be trained, in a folder that is locked: its files are made, and its record is begun."""
+
+    def __init__(
+        self, run: PlannedRun, overrides: list[str], judge: Callable[[int, float], str | None] | None = None,
+        trial: dict[str, Any] | None = None, place: int = 0,
+    ) -> None:  # fmt: skip
+        """``place``: among the runs that train together."""
+        self.run, self.judge = run, judge
+        cfg, folder = run.cfg, run.folder
+        (folder.path / "summary.json").unlink(missing_ok=True)
+        folder.create(cfg, run.corpus)
+        self.about = describe_run(cfg, run.corpus, run.run_id, run.variant, overrides)
+        if trial is not None:
+            self.about["trial"] = trial
+        display = replace(cfg.display, run_index=cfg.display.run_index + place)
+        name = f"{run.variant} seed {cfg.seed_init}"
+        self.progress = RunProgress(name, cfg.trainer.max_steps, display, folder.note)
+        if place and self.progress.style == "bar":
+            self.progress.style = "off"  # a terminal has room for one
+        folder.note(parameter_table(cfg))
+        if run.corpus.unknown_in_val:
+            self.progress.message(f"{run.corpus.unknown_in_val} validation characters are not in the training text")
+
+    def finish(self, outcome: dict[str, Any]) -> None:
+        folder = self.run.folder
+        if outcome["status"] != "completed":
+            self.progress.message(f"{outcome['status']}: {outcome['stop_reason']} (log: {folder.log})")
+        folder.write_summary(self.about | outcome)
+        if outcome["status"] in ENDED:  # only now: until the summary stands, a restart goes on from the checkpoint
+            folder.remove_steps()
+
+
+def attempt(jobs: list[Job]) -> tuple[list[dict[str, Any]], bool]:
+    """The outcomes of training the jobs together, ``failed`` for an error, and whether Ctrl-C came at its end."""
+    try:
+        return train(jobs)
+    except OSError as error:  # a full or missing disk says nothing about the runs: they stay unfinished
+        for job in jobs:
+            job.progress.message(f"unfinished: {error}")
+        raise
+    except Exception as error:
+        said = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {said[0]}"
+        for job in jobs:
+            job.run.folder.note(traceback.format_exc())
+        return [dict.fromkeys(OUTCOME) | {"status": "failed", "stop_reason": reason} for _ in jobs], False
 
 
 def probe(run: PlannedRun, steps: int = 3) -> float:
     """Seconds that the run would take, from a few of its training steps and one validation batch. Writes nothing."""
     from hybrid.training.loop import Trainer
+    from hybrid.training.member import Member
 
     silent = RunProgress(run.variant, run.cfg.trainer.max_steps, DisplayConfig(progress="off"), lambda _: None)
-    return Trainer(run.cfg, run.corpus, run.folder, silent).estimate(steps)
+    return Trainer(Member(run.cfg, run.corpus, run.folder, silent)).estimate(steps)
 
 
-def train(
-    run: PlannedRun, progress: RunProgress, judge: Callable[[int, float], str | None] | None = None
-) -> tuple[dict[str, Any], bool]:
-    """The outcome of training from the newest checkpoint that can be read, and whether Ctrl-C came at its end."""
+def train(jobs: list[Job]) -> tuple[list[dict[str, Any]], bool]:
+    """The outcomes of training from the newest checkpoints that can be read, and whether Ctrl-C came at the end."""
     from hybrid.training.checkpoint import DamagedCheckpoint
     from hybrid.training.loop import Trainer
+    from hybrid.training.member import Member
 
     while True:
-        trainer = Trainer(run.cfg, run.corpus, run.folder, progress, judge)
-        run.folder.note(f"kernels: {trainer.environment['kernels']}, device: {trainer.environment['device']}")
-        if run.cfg.trainer.device != "cpu" and "torch" in trainer.environment["kernels"].values():
-            progress.message("slow: a Triton kernel is not installed, plain PyTorch serves instead (see the log)")
+        runs = [job.run for job in jobs]
+        members = [
+            Member(r.cfg, r.corpus, r.folder, job.progress, job.judge) for r, job in zip(runs, jobs, strict=True)
+        ]
+        trainer = Trainer(*members)
+        slow = jobs[0].run.cfg.trainer.device != "cpu" and "torch" in trainer.environment["kernels"].values()
+        for job in jobs:
+            job.run.folder.note(f"kernels: {trainer.environment['kernels']}, device: {trainer.environment['device']}")
+            if slow:
+                job.progress.message(
+                    "slow: a Triton kernel is not installed, plain PyTorch serves instead (see the log)"
+                )
         try:
             return trainer.train(), trainer.asked_to_stop
         except DamagedCheckpoint as error:
-            progress.message(str(error))
+            for job in jobs:
+                job.progress.message(str(error))
 
 
 def parameter_table(cfg: Config) -> str:

@@ -123,8 +123,10 @@ class TrainerConfig:
     checkpoint_every: int = 1000
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = "auto"  # auto (bfloat16 autocast on CUDA, float32 on CPU) | float32 | bfloat16
-    compile: bool = False
+    compile: bool | None = None  # torch.compile of the blocks; where it is not set: on CUDA
+    cuda_graph: bool | None = None  # a whole training step as one CUDA graph; where it is not set: on CUDA
     cpu_threads: int | None = None  # PyTorch's own choice where it is not set; 1 is fastest for small models
+    seeds_together: int | None = None  # runs of a sweep that train as one; where it is not set: 8 on CUDA, if small
     tensorboard: bool = False
 
 
@@ -132,8 +134,8 @@ class TrainerConfig:
 class KernelsConfig:
     """Which code computes the two recurrences; ``auto`` takes the best one there is and records it."""
 
-    wkv6: str = "auto"  # auto | torch | fla
-    ssd: str = "auto"  # auto | torch | mamba_ssm
+    wkv6: str = "auto"  # auto | torch | triton | fla | triton+fla
+    ssd: str = "auto"  # auto | torch | triton | mamba_ssm | triton+mamba_ssm
 
 
 @dataclass
@@ -146,13 +148,12 @@ class SearchConfig:
     space: dict[str, Any] = field(default_factory=dict)
     metric: Any = "best_val_loss"  # a number of summary.json, or a list of them (multi-objective)
     direction: Any = "minimize"  # minimize | maximize, or a list, one for each metric
-    enqueue: list[dict[str, Any]] = field(default_factory=list)  # known baselines, tried first and never pruned
+    enqueue: list[Any] = field(default_factory=list)  # known baselines, {key: value}: tried first, never pruned
     sampler: dict[str, Any] = field(default_factory=dict)  # _target_ and arguments
     pruner: dict[str, Any] = field(default_factory=dict)
     study_name: str | None = None  # the sweep's name where it is not set; with arms, the arm is added
     storage: str | None = None  # a database URL; a journal file in the sweep's folder where it is not set
     workers: int | None = None  # how many share a study; as many as the launcher runs at once where it is not set
-    worker: int | None = None  # which of them a job is; set by the sweeper
 
 
 @dataclass
@@ -166,6 +167,7 @@ class SweepConfig:
     grid: dict[str, list[Any]] = field(default_factory=dict)  # key -> values, all combinations
     only: list[str] | None = None  # of the arms, run these
     seeds: list[int] | None = None  # each sets seed_init and seed_data
+    together: list[list[int]] | None = None  # seed_init and seed_data of each run of a job; set by the sweeper
     retry_failed: bool = False  # run failed runs again
     dry_run: bool = False  # only list the runs, with an estimate of their time
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -6,6 +6,7 @@ This is the one module of ``hybrid`` that knows ``sweeps``: it tells Hydra of th
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hybrid.config import CONF_DIR, ConfigError, group_options, resolve, unknown_key
 from hybrid.data import DataError
 from hybrid.records import RunBusy, variant_name
-from hybrid.run import PlannedRun, SweepFailed, check_data, execute, plan
+from hybrid.run import PlannedRun, SweepFailed, check_data, execute, execute_together, plan
 from hybrid.schema import Config
 from sweeps.plugin import register
 
@@ -72,6 +73,7 @@ def tidy(arguments: list[str]) -> list[str]:
     rest = [re.sub(r"^\+sweep=", "sweep=", a) for a in arguments if a not in multirun]
     rest = [re.sub(r"^sweeps\.retry_failed=", "sweep.retry_failed=", a) for a in rest]
     rest = ["sweep.dry_run=true" if a == "--dry-run" else a for a in rest]
+    rest = [re.sub(r"^(sweep\.search\.(sampler|pruner|space)[.=])", r"++\1", a) for a in rest]  # open to new keys
     return ["-m", *rest] if multirun else rest
 
 
@@ -98,12 +100,14 @@ def describe(error: OSError) -> str:
 def job(composed: DictConfig) -> dict | None:
     """One run of what Hydra composed. One that cannot start or fails ends the process, in a sweep it raises."""
     given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    overrides = [line for line in given if not re.match(r"\+*(variant|sweep\.name|display)\b", line)]
+    overrides = [line for line in given if not re.match(r"\+*(variant|sweep\.(name|together)|display)\b", line)]
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         cfg = resolve(composed)
         if single and (cfg.sweep.arms or cfg.sweep.grid or cfg.sweep.seeds or cfg.sweep.search.n_trials is not None):
             raise ConfigError(f"sweep={cfg.sweep.name} consists of several runs: add -m")
+        if cfg.sweep.together:
+            return several(cfg, overrides)
         run = plan(cfg, check_data(cfg), variant_name(cfg, overrides))
         if run.ended and cfg.display.progress != "off":
             print(f"already there: {run.folder.path}")
@@ -118,6 +122,18 @@ def job(composed: DictConfig) -> dict | None:
     if single:
         conclude(cfg, run, summary)
     return summary
+
+
+def several(cfg: Config, overrides: list[str]) -> list[dict | None]:
+    """Runs of a sweep that differ by their seeds, trained as one."""
+    corpus, variant = check_data(cfg), variant_name(cfg, overrides)
+    runs, lines = [], []
+    for seed_init, seed_data in cfg.sweep.together:
+        one = copy.deepcopy(cfg)
+        one.seed_init, one.seed_data, one.sweep.together = seed_init, seed_data, None
+        runs.append(plan(one, corpus, variant))
+        lines.append([*overrides, f"seed_init={seed_init}", f"seed_data={seed_data}"])
+    return execute_together(runs, lines)
 
 
 def conclude(cfg: Config, run: PlannedRun, summary: dict) -> None:
@@ -144,16 +160,18 @@ def check_choices(arguments: list[str]) -> None:
 def explain(error: Exception) -> str:
     """One line for what Hydra found wrong, with the nearest valid name."""
     text = " ".join(str(error).split())
-    choice = re.search(r"Could not find '([\w-]+)/([^']*)'", text)
+    choice = re.search(r"Could not find '([\w/-]+)/([^/']*)'", text)
     if choice:
         group, option = choice.groups()
-        options = group_options(group)
+        options = group_options(group) + ["basic"] * (group == "hydra/launcher")  # Hydra's own
         near = difflib.get_close_matches(option, options, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{group}={option}: no such choice{hint} (there are {', '.join(options)})"
     if isinstance(error, OverrideParseException):
         return f"cannot read '{error.override}': quote special characters, e.g. \"data.path='a b'\""
     key = re.search(r"Could not override '([\w./]+)'", text)
+    if key and key.group(1).startswith("hydra"):
+        return f"unknown key '{key.group(1)}' (conf/hydra/ has what can be set of the launchers)"
     return unknown_key(key.group(1)) if key else text
 
 

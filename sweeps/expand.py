@@ -130,6 +130,8 @@ def hydra_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return "[" + ",".join(hydra_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{hydra_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
         word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and value.lower() not in NO_WORDS
         return value if word else QuotedString(text=value, quote=Quote.single).with_quotes()

@@ -5,6 +5,7 @@ Both files bear the arm's name where every arm of a sweep has a study of its own
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -18,13 +19,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hybrid.config import to_plain
 from hybrid.files import write_text_atomically
+from hybrid.records import code_version
 from hybrid.schema import Config
+from sweeps.storage import storage_errors
 from sweeps.study import Study
 
 SCHEMA = "groundthink.search/1"
 TOP = 5  # trials of the table at the end
+SECTIONS = ("model", "fusion", "init", "data", "optim", "schedule", "trainer")  # what best.yaml is about
+BEST_GROUPS = (*SECTIONS, "blocks", "gate_init")
 MACHINE = ("device", "dtype", "cpu_threads")  # of trainer: what another machine chooses anew
 
 
@@ -35,7 +39,7 @@ def file_name(stem: str, arm: str | None, suffix: str) -> str:
 def write_search_file(study: Study, arm: Config, importance: bool = False) -> Path:
     """Write what the study has found so far; with ``importance``, how much each dimension matters."""
     path = study.root / file_name("search", arm.variant, ".json")
-    with study.lock():
+    with storage_errors(str(path)), study.lock():
         write_text_atomically(path, json.dumps(snapshot(study, arm, importance), indent=1) + "\n")
     return path
 
@@ -113,28 +117,40 @@ def importances(study: Study) -> dict[str, dict[str, float]]:
     return found
 
 
-def write_best(study: Study, trial: FrozenTrial, cfg: Config, choices: dict[str, Any], path: Path) -> None:
-    """The best trial's configuration as a file that Hydra composes: ``--config-dir FOLDER --config-name best``."""
-    plain = to_plain(cfg)
-    for section in ("sweep", "display", "variant", "out", "seed_init", "seed_data", "kernels"):
-        plain.pop(section, None)
-    plain["model"].pop("vocab_size", None)
+def write_best(
+    study: Study, trial: FrozenTrial, cfg: Config, choices: dict[str, str | None], plain: Config, path: Path
+) -> None:
+    """The best trial's configuration as a file that Hydra composes: ``--config-dir FOLDER --config-name best``.
+
+    ``choices`` are those of ``BEST_GROUPS``, ``plain`` is what they give as they are: the file names the choices and
+    what differs from them, so that another choice on the command line takes effect.
+    """
+    differs = {section: changes(getattr(plain, section), getattr(cfg, section)) for section in SECTIONS}
     for key in MACHINE:
-        plain["trainer"].pop(key, None)
+        differs["trainer"].pop(key, None)
     name = path.stem
-    groups = [
-        {f"override {group}": choice}
-        for group, choice in choices.items()
-        if group in plain or group in ("blocks", "gate_init")
-    ]
-    body = {"defaults": ["config", *groups, "_self_"], "sweep": {"name": f"{study.root.name}-{name}"}, **plain}
+    groups = [{f"override {group}": choice} for group, choice in choices.items()]
+    own = {section: given for section, given in differs.items() if given}
+    body = {"defaults": ["config", *groups, "_self_"], "sweep": {"name": f"{study.root.name}-{name}"}, **own}
     values = ", ".join(f"{metric} {value:.6g}" for metric, value in zip(study.metrics, trial.values, strict=True))
-    write_text_atomically(
-        path,
-        f"# Trial {trial.number} of the search {study.name}: {values} (one seed). Over several seeds:\n"
-        f"#   python -m hybrid.train -m --config-dir {study.root} --config-name {name} sweep.seeds=[0,1,2,3,4]\n"
-        + yaml.safe_dump(body, sort_keys=False),
-    )
+    text = f"# Trial {trial.number} of the search {study.name}: {values} (one seed). Over several seeds:\n"
+    text += f"#   python -m hybrid.train -m --config-dir {study.root} --config-name {name} sweep.seeds=[0,1,2,3,4]\n"
+    if trial.user_attrs.get("code") != code_version():
+        text += "# It was trained by another version of the code.\n"
+    with storage_errors(str(path)):
+        write_text_atomically(path, text + yaml.safe_dump(body, sort_keys=False))
+
+
+def changes(before: Any, after: Any) -> dict[str, Any]:
+    """The keys of a section, and of the sections in it, whose values differ, with their values after."""
+    found: dict[str, Any] = {}
+    for option in dataclasses.fields(after):
+        old, new = getattr(before, option.name), getattr(after, option.name)
+        if dataclasses.is_dataclass(new):
+            new, old = changes(old, new), {}
+        if new != old:
+            found[option.name] = new
+    return found
 
 
 def print_outcome(console: Console, study: Study) -> None:
@@ -142,9 +158,11 @@ def print_outcome(console: Console, study: Study) -> None:
     trials, progress = study.trials(), study.progress()
     elsewhere = study.elsewhere()
     counts = {"complete": progress.complete, "pruned": progress.pruned, "failed": progress.failed,
-              "being run by other workers": elsewhere, "unfinished": progress.left - elsewhere}  # fmt: skip
+              "being run by other workers": elsewhere,
+              "unfinished": max(0, progress.left - elsewhere)}  # fmt: skip
     told = ", ".join(f"{count} {word}" for word, count in counts.items() if count or word == "complete")
-    console.print(f"{study.name}: {told} of {progress.n_trials} trials", soft_wrap=True, markup=False)
+    told += f" of {progress.n_trials} trials" if progress.ended <= progress.n_trials else " trials"
+    console.print(f"{study.name}: {told}", soft_wrap=True, markup=False)
     ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and "steps" in t.user_attrs]
     run, whole = (sum(trial.user_attrs[key] for trial in ended) for key in ("steps", "max_steps"))
     if run < whole:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,18 +21,17 @@ from rich.text import Text
 
 from hybrid.config import ConfigError, read_composed, resolve, validate
 from hybrid.data import Corpus, prepare
-from hybrid.files import write_text_atomically
 from hybrid.progress import duration
-from hybrid.records import code_version, variant_name
+from hybrid.records import variant_name
 from hybrid.run import ENDED, PlannedRun, SweepFailed, fit_to_corpus, plan, probe
 from hybrid.schema import Config, SweepConfig
 from hybrid.sizes import count_params
 from sweeps import launching
 from sweeps.child import ProcessDied
 from sweeps.expand import SEED_KEYS, Job, expand, name_of_axes
+from sweeps.grouping import group_by_seeds, group_overrides
 from sweeps.launching import at_once, launch, make_known, record_death
-
-SCHEMA = "groundthink.sweep/1"
+from sweeps.sweep_file import write_sweep_file
 
 
 class Sweeper(HydraSweeper):
@@ -72,20 +70,30 @@ class Sweeper(HydraSweeper):
 
         started = time.time()
         batch = []
-        for number, i in enumerate(todo, start=1):
+        groups = group_by_seeds(runs, todo)
+        number = 1
+        for members in groups:
             display = [
                 f"display.run_index={number}",
                 f"display.run_total={len(todo)}",
                 f"display.sweep_started={started}",
             ]
-            batch.append([*jobs[i].overrides, f"variant='{runs[i].variant}'", f"sweep.name='{root.name}'", *display])
+            first = members[0]
+            lines = group_overrides(jobs[first].overrides, [runs[i] for i in members])
+            batch.append([*lines, f"variant='{runs[first].variant}'", f"sweep.name='{root.name}'", *display])
+            number += len(members)
 
         def done() -> str:
             return f"{sum(run.ended for run in runs)} of {len(runs)} runs are done"
 
         style = runs[0].cfg.display.progress
-        returns = launch(self.launcher, batch, root, total=len(batch), style=style, done=done)
-        errors = {i: ret._return_value for i, ret in zip(todo, returns, strict=True) if ret.status == JobStatus.FAILED}
+        returns = launch(self.launcher, batch, root, total=len(todo), style=style, done=done)
+        errors = {
+            i: ret._return_value
+            for members, ret in zip(groups, returns, strict=True)
+            if ret.status == JobStatus.FAILED
+            for i in members
+        }
         for i, error in errors.items():
             if isinstance(error, ProcessDied):
                 record_death(runs[i], list(jobs[i].overrides), error)
@@ -105,7 +113,8 @@ class Sweeper(HydraSweeper):
         if sweep.retry_failed and not sweep.dry_run:
             for arm in arms:
                 arm.study.queue_failed()
-        console.print(search.headline(arms), soft_wrap=True, markup=False)
+        for line in (search.headline(arms), *(note for arm in arms for note in arm.study.notes)):
+            console.print(line, soft_wrap=True, markup=False)
         if sweep.dry_run:
             search.show_plan(console, arms)
             return []
@@ -179,54 +188,6 @@ def check_baseline(sweep: SweepConfig, runs: list[PlannedRun]) -> None:
         raise ConfigError(
             f"sweep.baseline={sweep.baseline} is no arm of this sweep (there are {', '.join(sorted(arms))})"
         )
-
-
-def write_sweep_file(root: Path, sweep: SweepConfig, jobs: list[Job], runs: list[PlannedRun]) -> None:
-    """``sweep.json``: what the sweep consists of, so that analysis knows what is missing.
-
-    What an earlier, wider call put there stays, unless the code has changed and it was never run.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    entries = [
-        {
-            "variant": run.variant,
-            "seed_init": run.cfg.seed_init,
-            "seed_data": run.cfg.seed_data,
-            "run_id": run.run_id,
-            "folder": run.folder.path.name,
-            "overrides": list(job.overrides),
-            "code_version": code_version(),
-        }
-        for job, run in zip(jobs, runs, strict=True)
-    ]
-    now = {arm_and_seeds(entry) for entry in entries} | {entry["folder"] for entry in entries}
-    for old in read_sweep_file(root):
-        current = old.get("code_version") == code_version() or (root / old["folder"] / "summary.json").exists()
-        if old["folder"] not in now and arm_and_seeds(old) not in now and current:
-            entries.append(old)
-    facts = {
-        "schema": SCHEMA,
-        "name": sweep.name,
-        "question": sweep.question,
-        "baseline": sweep.baseline,
-        "arms": list(dict.fromkeys(entry["variant"] for entry in entries)),
-        "seeds": sorted({entry["seed_init"] for entry in entries}),
-        "runs": entries,
-    }
-    write_text_atomically(root / "sweep.json", json.dumps(facts, indent=1) + "\n")
-
-
-def arm_and_seeds(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return entry.get("variant"), entry.get("seed_init"), entry.get("seed_data")
-
-
-def read_sweep_file(root: Path) -> list[dict[str, Any]]:
-    """The runs of an earlier call, none where there is no file that can be read."""
-    try:
-        found = json.loads((root / "sweep.json").read_text())
-        return [entry for entry in found["runs"] if isinstance(entry["folder"], str)]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
 
 
 def headline(sweep: SweepConfig, runs: list[PlannedRun], done: int) -> str:

@@ -9,17 +9,21 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from hybrid.config import ConfigError, resolve
+from hybrid.config import ConfigError, read_composed, resolve
 from hybrid.progress import duration
 from hybrid.run import PlannedRun, SweepFailed, check_data, fit_to_corpus, plan, probe
 from hybrid.schema import Config, SearchConfig, SweepConfig
 from sweeps.expand import SEED_KEYS, Groups, Job, expand, hydra_value, name_of_axes, plain_key
-from sweeps.outcome import best_trials, file_name, print_outcome, write_best, write_search_file
+from sweeps.outcome import BEST_GROUPS, best_trials, file_name, print_outcome, write_best, write_search_file
+from sweeps.sampling import rehearse
+from sweeps.setting import setting_of
 from sweeps.space import Space, from_command_line
-from sweeps.study import Study, rehearse
+from sweeps.study import Study
+from sweeps.worker import loader_of
 
 Compose = Callable[[Sequence[str]], DictConfig]
 
@@ -32,6 +36,7 @@ class Arm:
     cfg: Config
     study: Study
     run: PlannedRun  # one corner of the space, to measure
+    corner: list[str]  # the overrides that make it
 
 
 def plan_search(sweep: SweepConfig, arguments: list[str], compose: Compose) -> list[Arm]:
@@ -41,6 +46,9 @@ def plan_search(sweep: SweepConfig, arguments: list[str], compose: Compose) -> l
     that of the space or is added, a single value takes it out; a plain list (``fusion=gated,gain``) of what is not in
     the space makes arms.
     """
+    for params in sweep.search.enqueue:
+        if not isinstance(params, dict):
+            raise ConfigError(f"sweep.search.enqueue must be a list of {{key: value}}, got {params} in it")
     space, fixed, rest = read_dimensions(sweep.search.space, arguments)
     jobs = expand(replace(sweep, search=SearchConfig()), rest)
     name = sweep.name or name_of_axes(arguments)
@@ -54,7 +62,10 @@ def plan_search(sweep: SweepConfig, arguments: list[str], compose: Compose) -> l
             where = f" in arm {job.variant}" if job.variant else ""
             raise ConfigError(f"{sorted(clash)[0]} is both set and searched{where}; leave one out")
         set_here = {plain_key(line): line.partition("=")[2] for line in job.overrides}
-        arms.append(plan_arm(job, name, without(space, {**fixed, **set_here}), compose, sweep.dry_run))
+        left = without(space, {**fixed, **set_here})
+        gone = space.keys() - left.keys()  # of a known baseline they are then no part either
+        known = [{key: value for key, value in params.items() if key not in gone} for params in sweep.search.enqueue]
+        arms.append(plan_arm(job, name, left, [params for params in known if params], compose, sweep.dry_run))
     return arms
 
 
@@ -97,32 +108,43 @@ def without(space: dict[str, Any], fixed: dict[str, str]) -> dict[str, Any]:
     return left
 
 
-def plan_arm(job: Job, name: str, described: dict[str, Any], compose: Compose, preview: bool) -> Arm:
+def plan_arm(
+    job: Job, name: str, described: dict[str, Any], enqueue: list[dict[str, Any]], compose: Compose, preview: bool
+) -> Arm:
     """Raises ``ConfigError`` for a corner of the space that is no configuration."""
     space = Space(described)
     variant = [f"variant='{job.variant}'"] if job.variant else []
     runs = []
-    corpus = None
-    for corner in space.corners():
-        lines = [*job.overrides, *variant, *space.overrides(corner)]
-        cfg = resolve(compose(lines))
-        cfg.sweep.name = name
+    corpus, setting = None, {}
+    corners = [space.overrides(corner) for corner in space.corners()]
+    for corner in corners:
         try:
+            cfg = resolve(compose([*job.overrides, *variant, *corner]))
+            cfg.sweep.name = name
             if corpus is None:
                 corpus = check_data(cfg)
+                setting = setting_of(cfg, corpus)
             fit_to_corpus(cfg, corpus)
             runs.append(plan(cfg, corpus, job.variant or "trial"))
         except ConfigError as error:
-            raise ConfigError(f"sweep.search.space at {', '.join(space.overrides(corner))}: {error}") from error
+            raise ConfigError(f"sweep.search.space at {', '.join(corner)}: {error}") from error
     cfg = runs[0].cfg
     search = cfg.sweep.search
-    search.space = described
+    search.space, search.enqueue = described, enqueue
     search.study_name = "-".join(part for part in (search.study_name or name, job.variant) if part)
     if search.n_trials is None or search.n_trials < 1:
         raise ConfigError(f"sweep.search.n_trials must be at least 1, got {search.n_trials}")
+    if search.workers is not None and search.workers < 1:
+        raise ConfigError(f"sweep.search.workers must be at least 1, got {search.workers}")
+    if search.n_trials < len(search.enqueue):
+        raise ConfigError(
+            f"sweep.search.n_trials={search.n_trials} is below the {len(search.enqueue)} of sweep.search.enqueue, "
+            "which are trials as well"
+        )
     rehearse(search, space)
     root = runs[0].folder.path.parent
-    return Arm(job, cfg, Study(search, search.study_name, root, create=True, preview=preview), runs[0])
+    study = Study(search, search.study_name, root, create=True, preview=preview, setting=setting)
+    return Arm(job, cfg, study, runs[0], corners[0])
 
 
 def batch_of(arms: list[Arm], at_once: int) -> list[list[str]]:
@@ -131,14 +153,16 @@ def batch_of(arms: list[Arm], at_once: int) -> list[list[str]]:
     batch = []
     for arm in arms:
         search = arm.study.search
-        for worker in range(min(search.workers or at_once, arm.study.progress().left)):
+        for _ in range(min(search.workers or at_once, arm.study.progress().left)):
             batch.append(
                 [
                     *arm.job.overrides,
+                    *arm.corner,  # only so that the job as such is a configuration: trials have values of their own
+                    "~sweep.search.space",
+                    f"+sweep.search.space={hydra_value(arm.study.space.describe())}",
                     *([f"variant='{arm.job.variant}'"] if arm.job.variant else []),
                     f"sweep.name='{arm.cfg.sweep.name}'",
                     f"sweep.search.study_name='{search.study_name}'",
-                    f"+sweep.search.worker={worker}",
                     f"display.sweep_started={started}",
                 ]
             )
@@ -148,9 +172,9 @@ def batch_of(arms: list[Arm], at_once: int) -> list[list[str]]:
 def headline(arms: list[Arm]) -> str:
     root = arms[0].study.root
     progress = [arm.study.progress() for arm in arms]
-    total, left = sum(p.n_trials for p in progress), sum(p.left for p in progress)
+    total, ended = sum(p.n_trials for p in progress), sum(p.ended for p in progress)
     studies = f"{len(arms)} studies, " if len(arms) > 1 else ""
-    done = f", {total - left} already done" if left < total else ""
+    done = f", {ended} already done" if ended else ""
     return f"{arms[0].cfg.sweep.name}: a search of {studies}{total} trials{done} -> {root}"
 
 
@@ -173,6 +197,8 @@ def show_plan(console: Console, arms: list[Arm]) -> None:
 def conclude(console: Console, arms: list[Arm], compose: Compose, errors: list[str]) -> None:
     """Say and write what was found. Raises ``SweepFailed`` if a trial failed (not: diverged) or is unfinished."""
     failed = unfinished = 0
+    for error in errors:
+        console.print(f"a worker ended early: {error}", soft_wrap=True, markup=False)
     for arm in arms:
         study = arm.study
         print_outcome(console, study)
@@ -182,16 +208,17 @@ def conclude(console: Console, arms: list[Arm], compose: Compose, errors: list[s
             path = study.root / file_name("best", arm.job.variant, ".yaml")
             composed = compose([*arm.job.overrides, *study.space.overrides(best[0].params)])
             choices = OmegaConf.to_container(composed.hydra.runtime.choices)
-            write_best(study, best[0], resolve(composed), choices, path)
+            groups = {group: choice for group, choice in choices.items() if group in BEST_GROUPS}
+            lines = [f"{group}={choice}" for group, choice in groups.items() if choice is not None]
+            plain = loader_of(composed.hydra).load_configuration("config", lines, run_mode=RunMode.RUN)
+            write_best(study, best[0], resolve(composed), groups, read_composed(plain), path)
             console.print(f"best configuration: {path}", soft_wrap=True, markup=False)
         console.print(f"all trials: {file}", soft_wrap=True, markup=False)
         again = [trial for trial in study.trials() if trial.user_attrs.get("again")]
         failed += len(again)
-        unfinished += study.progress().left - study.elsewhere()
+        unfinished += max(0, study.progress().left - study.elsewhere())
         if again:
             console.print("failed trials are tried again only with sweep.retry_failed=true")
-    for error in errors:
-        console.print(f"a worker ended early: {error}", soft_wrap=True, markup=False)
     if failed or unfinished:
         parts = [f"{count} {word}" for count, word in ((failed, "failed"), (unfinished, "unfinished")) if count]
         raise SweepFailed(f"trials of the search: {', '.join(parts)}")

@@ -9,87 +9,33 @@ is taken over, with the same number and parameters, so that its run goes on from
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fcntl
-import importlib
-import json
 import os
 import secrets
 import socket
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import optuna
-from hydra.errors import HydraException
-from hydra.utils import instantiate
-from optuna.exceptions import OptunaError
-from optuna.pruners import BasePruner, NopPruner
-from optuna.samplers import BaseSampler, QMCSampler
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.pruners import NopPruner
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from hybrid.config import ConfigError
+from hybrid.records import code_version
 from hybrid.schema import SearchConfig
+from sweeps.sampling import build, objectives
+from sweeps.setting import difference
 from sweeps.space import Space
+from sweeps.storage import held, open_storage, preview_storage, storage_errors
 
-PATIENCE = 60.0  # seconds that a lock, held for milliseconds, may be held by others before that is an error
-ATTEMPTS = 3  # how often a trial may die with its process
+ATTEMPTS = 3  # how often a trial may die with its process without having come further
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-class StudyError(OSError):
-    """The study's storage cannot be used; the message is one line. What was recorded stays as it is."""
-
-
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[IO[str]]:
-    """Hold a lock file; it is free again when the process dies, however that happens. Raises ``StudyError``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + PATIENCE
-    with path.open("a") as handle:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise StudyError(f"{path} has been held by another process for {PATIENCE:.0f} s") from error
-                time.sleep(0.01)
-        yield handle
-
-
-class JournalLock(BaseJournalFileLock):
-    """Excludes other writers of a journal file, and mends what a writer that was killed left half written.
-
-    Optuna's own locks are files that stay when their owner is killed, and its journal cannot be read any more once a
-    line follows a torn one.
-    """
-
-    def __init__(self, journal: Path) -> None:
-        self.journal = journal
-        self.open = contextlib.ExitStack()
-
-    def acquire(self) -> bool:
-        self.open.enter_context(held(self.journal.with_suffix(".journal-lock")))
-        with self.journal.open("rb+") as journal:
-            size = journal.seek(0, os.SEEK_END)
-            journal.seek(max(0, size - 1))
-            if journal.read() not in (b"", b"\n"):
-                journal.seek(0)
-                journal.truncate(journal.read().rfind(b"\n") + 1)
-        return True
-
-    def release(self) -> None:
-        self.open.close()
 
 
 class Worker:
@@ -109,23 +55,22 @@ class Worker:
         self.open.close()
 
 
-def is_dead(folder: Path, name: str | None, shared: bool) -> bool:
-    """Whether the worker of that name has gone: its lock file in ``folder`` is free, or is not there.
+def whereabouts(folder: Path, name: str | None, shared: bool) -> str:
+    """What became of the worker of that name: ``here``; ``left``, as one that is told to stop; or ``killed``.
 
-    Where workers need not have the folder in common (``shared``), one on another machine is taken as alive.
+    Its lock file in ``folder`` is held, not there, or free. Where workers do not have that folder in common (not
+    ``shared``), one on another machine is taken as alive until the study says that it has left.
     """
     if name is None:
-        return True
-    path = folder / f"{name}.lock"
+        return "left"
     try:
-        with path.open("r+") as handle:
+        with (folder / f"{name}.lock").open("r+") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-            return True
+            return "killed"
     except BlockingIOError:
-        return False
+        return "here"
     except FileNotFoundError:
-        return shared or name.startswith(f"{socket.gethostname()}-")
+        return "left" if shared or name.startswith(f"{socket.gethostname()}-") else "here"
 
 
 @dataclass
@@ -140,22 +85,33 @@ class Progress:
     waiting: int = 0
 
     @property
+    def ended(self) -> int:
+        return self.complete + self.pruned + self.failed
+
+    @property
     def left(self) -> int:
-        return max(0, self.n_trials - self.complete - self.pruned - self.failed)
+        return max(0, self.n_trials - self.ended)
 
 
 class Study:
     """A study by its name, in the journal of the sweep's folder or in a database."""
 
     def __init__(
-        self, search: SearchConfig, name: str, root: Path, create: bool = False, preview: bool = False
+        self,
+        search: SearchConfig,
+        name: str,
+        root: Path,
+        create: bool = False,
+        preview: bool = False,
+        setting: dict[str, Any] | None = None,
     ) -> None:
         """Open the study, or with ``create`` make it where it is not there; a ``preview`` writes nothing.
 
-        Raises ``ConfigError`` where the description cannot be a study or is not that of the study found, and
-        ``StudyError`` where the storage cannot be used.
+        ``setting`` is what all its trials have in common, by key. Raises ``ConfigError`` where the description cannot
+        be a study or is not that of the study found, and ``StudyError`` where the storage cannot be used.
         """
         self.search, self.name, self.root, self.preview = search, name, root, preview
+        self.notes: list[str] = []  # what a person has to know of the study as it was found
         self.metrics, self.directions = objectives(search)
         self.pruner = build(search.pruner, "pruner")
         build(search.sampler, "sampler")
@@ -169,13 +125,12 @@ class Study:
                 self.storage = preview_storage(search.storage, root, name)
             else:
                 self.storage = open_storage(search.storage, root, create)
+            self.space = Space(search.space)
             if create or preview:
-                self.space = Space(search.space)
                 with self.lock():
-                    self._create()
+                    self._create(setting)
             else:
                 self.optuna = optuna.load_study(study_name=name, storage=self.storage, pruner=self.pruner)
-                self.space = Space(self.optuna.user_attrs["space"])
 
     @property
     def where(self) -> str:
@@ -188,7 +143,7 @@ class Study:
     def lock(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.preview else held(self.root / "study.lock")
 
-    def _create(self) -> None:
+    def _create(self, setting: dict[str, Any] | None) -> None:
         if self.preview and not isinstance(self.storage, InMemoryStorage):
             study = optuna.load_study(study_name=self.name, storage=self.storage, pruner=self.pruner)
         else:
@@ -198,19 +153,28 @@ class Study:
             )  # fmt: skip
         metrics = study.user_attrs.get("metrics")
         found = [direction.name.lower() for direction in study.directions]
-        other = "; choose another sweep.search.study_name"
+        other = "; choose another sweep.name (or sweep.search.study_name)"
         if found != self.directions or (metrics is not None and metrics != self.metrics):
             raise ConfigError(f"study {self.name} in {self.where} is about {found} of {metrics}{other}")
-        for key, old in (study.user_attrs.get("space") or {}).items():
+        space = study.user_attrs.get("space") or {}
+        for key, old in space.items():
             new = self.space.describe().get(key)
             if new is not None and (new["type"], new.get("choices")) != (old["type"], old.get("choices")):
                 raise ConfigError(f"sweep.search.space.{key} is {new}, in study {self.name} it is {old}{other}")
+        before = study.user_attrs.get("setting")
+        if setting is not None and before is not None and study.get_trials(deepcopy=False):
+            key = difference(before, setting, {*space, *self.space.describe()})
+            if key is not None:
+                raise ConfigError(f"{key} is {setting.get(key)}, in study {self.name} it is {before.get(key)}{other}")
         for params in self.search.enqueue:
             self.space.check_params(params, "sweep.search.enqueue")
         self.optuna = study
+        self._compare(space)
         if self.preview:
             return
         study.set_user_attr("metrics", self.metrics)
+        if setting is not None:
+            study.set_user_attr("setting", setting)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(self.metrics)  # for optuna-dashboard
@@ -218,6 +182,26 @@ class Study:
         for params in self.search.enqueue:
             known = self.space.check_params(params, "sweep.search.enqueue")
             study.enqueue_trial(known, {"enqueued": True}, skip_if_exists=True)
+
+    def _compare(self, space: dict[str, Any]) -> None:
+        """Note what makes the trials that are there unlike those to come."""
+        ended = [trial for trial in self.trials() if trial.state in ENDED]
+        if not ended:
+            return
+        other = sum(trial.user_attrs.get("code", code_version()) != code_version() for trial in ended)
+        if other:
+            self.notes.append(
+                f"{other} of the {len(ended)} trials of study {self.name} were trained by another version of the code, "
+                "their losses may not compare; another sweep.name begins a new search"
+            )
+        if space and space != self.space.describe():
+            keys = [
+                key for key in {**space, **self.space.describe()} if space.get(key) != self.space.describe().get(key)
+            ]
+            self.notes.append(
+                f"the space has changed ({', '.join(keys)}); the {len(ended)} trials of study {self.name} before stay "
+                "and count"
+            )
 
     def trials(self) -> list[FrozenTrial]:
         """All trials but those that another one replaces (``queue_failed``), by number."""
@@ -238,34 +222,57 @@ class Study:
         None where ``n_trials`` have been taken.
         """
         with storage_errors(self.where), self.lock():
-            trials = self.trials()
-            for trial in trials:
+            for trial in self.trials():
                 mine = trial.user_attrs.get("worker") == worker.name
-                if trial.state == TrialState.RUNNING and not mine and self._abandoned(trial):
-                    deaths = trial.user_attrs.get("deaths", 0) + 1
-                    self._note(trial, deaths=deaths)
-                    if deaths < ATTEMPTS:
-                        self._note(trial, worker=worker.name)
-                        return Trial(self._sampling(trial.number), trial._trial_id)
-                    self._note(
-                        trial, reason=f"its process died {ATTEMPTS} times (killed, or out of memory?)", again=True
-                    )
-                    self.optuna.tell(trial.number, state=TrialState.FAIL)
-            taken = sum(trial.state != TrialState.WAITING for trial in trials)
+                if trial.state == TrialState.RUNNING and not mine and self._take_over(trial):
+                    self._note(trial, worker=worker.name)
+                    return Trial(self._sampling(trial.number), trial._trial_id)
+            taken = sum(trial.state != TrialState.WAITING for trial in self.trials())
             if taken >= (self.search.n_trials or 0):
                 return None
             trial = self._sampling(len(self.optuna.get_trials(deepcopy=False))).ask()
             trial.set_user_attr("worker", worker.name)
             return trial
 
-    def _abandoned(self, trial: FrozenTrial) -> bool:
-        return is_dead(self.root / "workers", trial.user_attrs.get("worker"), shared=self.search.storage is None)
+    def _take_over(self, trial: FrozenTrial) -> bool:
+        """Whether a running trial is to be gone on with; one that cannot be ends, in its place waits a new one."""
+        facts, folder = trial.user_attrs, self.root / "workers"
+        found = whereabouts(folder, facts.get("worker"), shared=self.search.storage is None)
+        if found == "here":
+            return False
+        if facts.get("code", code_version()) != code_version():  # its curve would be of two codes
+            self._note(trial, reason="unfinished, and the code has changed since")
+            self.optuna.tell(trial.number, state=TrialState.FAIL)
+            self._queue(trial)
+            return False
+        if found == "left":
+            return True
+        evaluated = len(trial.intermediate_values)
+        deaths = 1 if evaluated > facts.get("evaluated", 0) else facts.get("deaths", 0) + 1
+        self._note(trial, deaths=deaths, evaluated=evaluated, worker=None)
+        (folder / f"{facts['worker']}.lock").unlink(missing_ok=True)
+        if deaths < ATTEMPTS:
+            return True
+        self._note(trial, reason=f"its process died {ATTEMPTS} times (killed, or out of memory?)", again=True)
+        self.optuna.tell(trial.number, state=TrialState.FAIL)
+        return False
+
+    @contextlib.contextmanager
+    def holding(self, trial: Trial) -> Iterator[None]:
+        """Whatever ends a worker but a kill leaves the trial to the next one, also on a machine without this folder."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # the storage may be what failed, or the trial has ended
+                trial.set_user_attr("worker", None)
+            raise
 
     def elsewhere(self) -> int:
         """How many trials are being run right now."""
         with self.lock():
-            running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
-            return sum(not self._abandoned(trial) for trial in running)
+            owners = [t.user_attrs.get("worker") for t in self.trials() if t.state == TrialState.RUNNING]
+            shared = self.search.storage is None
+            return sum(whereabouts(self.root / "workers", owner, shared) == "here" for owner in owners)
 
     def _sampling(self, number: int) -> optuna.Study:
         """The study with a sampler for trial ``number``, so that no two workers and no two calls draw the same."""
@@ -287,122 +294,10 @@ class Study:
         with storage_errors(self.where), self.lock():
             failed = [t for t in self.trials() if t.state == TrialState.FAIL and t.user_attrs.get("again")]
             for trial in failed:
-                told = {"enqueued": trial.user_attrs.get("enqueued", False), "instead_of": trial.number}
-                self.optuna.enqueue_trial(trial.params, told)
+                self._queue(trial)
             return len(failed)
 
-
-def rehearse(search: SearchConfig, space: Space) -> None:
-    """Draw a few trials without running them: not every sampler can serve every space. Raises ``ConfigError``."""
-    _, directions = objectives(search)
-    study = optuna.create_study(directions=directions, sampler=build(search.sampler, "sampler"))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for value in range(3):
-                trial = study.ask()
-                space.suggest(trial)
-                study.tell(trial, [float(value)] * len(directions))
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"sweep.search.sampler needs the package {error.name}: pip install {error.name}") from error
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"sweep.search.sampler: {' '.join(str(error).split())}") from error
-
-
-def objectives(search: SearchConfig) -> tuple[list[str], list[str]]:
-    """Metrics and directions as lists. Raises ``ConfigError``."""
-    metrics = list(search.metric) if isinstance(search.metric, list) else [search.metric]
-    directions = list(search.direction) if isinstance(search.direction, list) else [search.direction]
-    known = ("best_val_loss", "final_val_loss", "final_train_loss", "val_bits_per_byte", "tokens_per_second",
-             "peak_memory_bytes", "wall_seconds", "flops_per_token")  # fmt: skip
-    for metric in metrics:
-        if metric not in known:
-            near = difflib.get_close_matches(str(metric), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"sweep.search.metric: no metric '{metric}'{hint} (there are {', '.join(known)})")
-    for direction in directions:
-        if direction not in ("minimize", "maximize"):
-            raise ConfigError(f"sweep.search.direction must be minimize or maximize, got {direction}")
-    if len(metrics) != len(directions) or not metrics:
-        raise ConfigError(f"sweep.search.direction: one for each metric is needed, got {directions} for {metrics}")
-    return metrics, directions
-
-
-def build(described: dict[str, Any], kind: str, number: int = 0) -> Any:
-    """A sampler or pruner from its ``_target_`` and arguments. Raises ``ConfigError``.
-
-    A sampler's seed is moved on by the trial's ``number``; only the points of a quasi-Monte Carlo sequence belong
-    together and keep one.
-    """
-    where, base = f"sweep.search.{kind}", BaseSampler if kind == "sampler" else BasePruner
-    target = described.get("_target_")
-    if not isinstance(target, str):
-        raise ConfigError(
-            f"{where}._target_ is not set (e.g. optuna.{kind}s.{'TPESampler' if kind == 'sampler' else 'MedianPruner'})"
-        )
-    module, _, name = target.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        own = [
-            found
-            for found in dir(getattr(optuna, f"{kind}s"))
-            if found.endswith(kind.title()) and found != base.__name__
-        ]
-        near = difflib.get_close_matches(name, own, n=1)
-        hint = f"; did you mean optuna.{kind}s.{near[0]}?" if near else ""
-        raise ConfigError(f"{where}._target_={target}: no such {kind}{hint}") from error
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise ConfigError(f"{where}._target_={target} is no {kind}")
-    arguments = dict(described)
-    if arguments.get("seed") is not None and not issubclass(cls, QMCSampler):
-        arguments["seed"] = (int(arguments["seed"]) * 1_000_003 + number) % 2**32
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return instantiate(arguments)
-    except (HydraException, TypeError, ValueError, ImportError) as error:
-        cause = error.__cause__ or error
-        raise ConfigError(f"{where}: {type(cause).__name__}: {cause}") from error
-
-
-def open_storage(url: str | None, root: Path, create: bool) -> BaseStorage:
-    if url is not None:
-        if "://" not in url:
-            raise ConfigError(f"sweep.search.storage={url} is no database URL, e.g. sqlite:///searches.db")
-        return RDBStorage(
-            url, engine_kwargs={"connect_args": {"timeout": PATIENCE}} if url.startswith("sqlite") else None
-        )
-    journal = root / "study.journal"
-    if create:
-        root.mkdir(parents=True, exist_ok=True)
-        journal.touch()
-    return JournalStorage(JournalFileBackend(str(journal), JournalLock(journal)))
-
-
-def preview_storage(url: str | None, root: Path, name: str) -> BaseStorage:
-    """The storage if it holds the study, else one in memory."""
-    if url is None and not (root / "study.journal").exists():
-        return InMemoryStorage()
-    if url is not None and url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
-        return InMemoryStorage()
-    storage = open_storage(url, root, create=False)
-    return storage if name in optuna.get_all_study_names(storage) else InMemoryStorage()
-
-
-@contextlib.contextmanager
-def storage_errors(where: str) -> Iterator[None]:
-    """What a storage raises as a ``StudyError`` of one line."""
-    try:
-        yield
-    except (ConfigError, StudyError):
-        raise
-    except PermissionError as error:
-        raise StudyError(f"{where}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AssertionError) as error:
-        raise StudyError(
-            f"{where} is damaged ({type(error).__name__}: {str(error).partition(chr(10))[0]}); restore it, or move it "
-            "away to begin a new study: runs that are done are found again"
-        ) from error
-    except (OptunaError, SQLAlchemyError, ImportError, ValueError) as error:
-        raise StudyError(f"{where}: {' '.join(str(error).split())}") from error
+    def _queue(self, trial: FrozenTrial) -> None:
+        """Let a new trial with the same parameters take the place of one that has ended."""
+        told = {"enqueued": trial.user_attrs.get("enqueued", False), "instead_of": trial.number}
+        self.optuna.enqueue_trial(trial.params, told)

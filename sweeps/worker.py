@@ -18,7 +18,7 @@ from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from optuna.pruners import NopPruner
 from optuna.trial import Trial, TrialState
 
@@ -27,8 +27,11 @@ from hybrid.data import Corpus
 from hybrid.records import RunBusy, code_version
 from hybrid.run import PlannedRun, check_data, execute, fit_to_corpus, plan
 from hybrid.schema import Config
+from sweeps.expand import plain_key
 from sweeps.outcome import write_search_file
-from sweeps.study import Study, Worker, storage_errors
+from sweeps.space import Space
+from sweeps.storage import storage_errors
+from sweeps.study import Study, Worker
 
 PRUNED = "pruned"
 
@@ -37,28 +40,40 @@ def work(composed: DictConfig) -> None:
     """Hydra's task function of a search."""
     cfg = resolve(composed)
     hydra = HydraConfig.get()
-    compose = composer(hydra)
     root = Path(cfg.out).expanduser() / str(cfg.sweep.name)
     study = Study(cfg.sweep.search, str(cfg.sweep.search.study_name), root)
+    compose = composer(hydra, study.space)
     corpus = check_data(cfg)
     with Worker(root) as worker:
         while (trial := study.claim(worker)) is not None:
-            run_trial(study, trial, cfg, corpus, compose)
+            with study.holding(trial):
+                run_trial(study, trial, cfg, corpus, compose)
             write_search_file(study, cfg)
 
 
-def composer(hydra: HydraConf) -> Callable[[list[str]], Config]:
-    """How this job was composed, for other overrides on top of its own."""
+def loader_of(hydra: HydraConf) -> ConfigLoaderImpl:
+    """A loader of configurations from the folders that Hydra was started with."""
     path = ConfigSearchPathImpl()
     for source in hydra.runtime.config_sources:
         path.append(source.provider, f"{source.schema}://{source.path}")
-    loader = ConfigLoaderImpl(path)
-    own = [*OmegaConf.to_container(hydra.overrides.hydra), *OmegaConf.to_container(hydra.overrides.task)]
+    return ConfigLoaderImpl(path)
+
+
+def composer(hydra: HydraConf, space: Space) -> Callable[[list[str]], Config]:
+    """How this job was composed, for the parameters of a trial in place of its own."""
+    loader = loader_of(hydra)
+    own = [*OmegaConf.to_container(hydra.overrides.hydra), *without(space, hydra.overrides.task)]
 
     def compose(more: list[str]) -> Config:
         return resolve(loader.load_configuration(hydra.job.config_name, [*own, *more], run_mode=RunMode.RUN))
 
     return compose
+
+
+def without(space: Space, lines: ListConfig) -> list[str]:
+    """The overrides of this job but those of keys that are searched."""
+    searched = {dimension.key for dimension in space.dimensions}
+    return [line for line in OmegaConf.to_container(lines, resolve=False) if plain_key(line) not in searched]
 
 
 def run_trial(study: Study, trial: Trial, arm: Config, corpus: Corpus, compose: Callable[[list[str]], Config]) -> None:
@@ -68,7 +83,8 @@ def run_trial(study: Study, trial: Trial, arm: Config, corpus: Corpus, compose: 
     trial: it stays running and is taken over by the next worker.
     """
     with storage_errors(study.where):
-        lines = study.space.overrides(study.space.suggest(trial))
+        study.space.suggest(trial)
+        lines = study.space.overrides(trial.params)  # also what an earlier call drew that searched more
     variant = f"{arm.variant}-trial-{trial.number:03d}" if arm.variant else f"trial-{trial.number:03d}"
     display = [f"display.run_index={trial.number + 1}", f"display.run_total={study.search.n_trials}"]
     try:
@@ -82,16 +98,17 @@ def run_trial(study: Study, trial: Trial, arm: Config, corpus: Corpus, compose: 
     with storage_errors(study.where):
         for key, value in (("folder", run.folder.path.name), ("run_id", run.run_id), ("code", code_version())):
             trial.set_user_attr(key, value)
-    overrides = [line for line in (*arm_overrides(), *lines)]
+    overrides = [*arm_overrides(study.space), *lines]
     summary = wait_and_execute(run, overrides, judge_of(study, trial), {"study": study.name, "number": trial.number})
     with storage_errors(study.where):
         tell(study, trial, run, summary)
 
 
-def arm_overrides() -> list[str]:
+def arm_overrides(space: Space) -> list[str]:
     """The overrides of this job that say something of its runs."""
-    given = OmegaConf.to_container(HydraConfig.get().overrides.task)
-    return [line for line in given if not line.lstrip("+").startswith(("variant", "sweep", "display"))]
+    given = without(space, HydraConfig.get().overrides.task)
+    about = ("variant", "sweep", "display", "sampler", "pruner")
+    return [line for line in given if plain_key(line).split(".")[0] not in about]
 
 
 def judge_of(study: Study, trial: Trial) -> Callable[[int, float], str | None]:

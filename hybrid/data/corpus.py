@@ -42,14 +42,18 @@ class Corpus:
         A pure function of its arguments and the corpus: no state, so a resumed run and every arm of a comparison see
         the same batches. ``seed`` and ``index`` are at least 0 and below 2**64.
         """
+        starts = self.train_starts(seed, index, batch_size)
+        windows = self.train[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int64)
+        return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+
+    def train_starts(self, seed: int, index: int, batch_size: int) -> np.ndarray:
+        """Where the windows of ``train_batch`` begin in ``train``, int64 ``[batch_size]``."""
         if not (0 <= seed < 2**64 and 0 <= index < 2**64):
             raise DataError(f"seed_data and the batch index must be at least 0, got {seed} and {index}")
         random = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
         # Raw words and a remainder, because numpy keeps these the same from version to version, and not what
         # Generator.integers makes of them. The bias, (number of windows) / 2**64, is nothing.
-        starts = (random.random_raw(batch_size) % np.uint64(len(self.train) - self.seq_len)).astype(np.int64)
-        windows = self.train[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int64)
-        return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+        return (random.random_raw(batch_size) % np.uint64(len(self.train) - self.seq_len)).astype(np.int64)
 
     def val_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The validation split once: int64 inputs and targets ``[rows, seq_len]``, ``rows <= batch_size``.

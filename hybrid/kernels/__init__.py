@@ -3,16 +3,20 @@
 ``wkv6`` is RWKV-6 (Finch), ``ssd`` is Mamba-2. Backends:
 
 - ``torch``: chunked matrix products in plain PyTorch, any device, the default on CPU (``wkv6.py``, ``ssd.py``);
+- ``triton``: one kernel forward and one backward, for short sequences, CUDA (``wkv6_triton.py``, ``ssd_triton.py``);
 - ``fla`` for ``wkv6``: the Triton kernels of flash-linear-attention, CUDA only (``wkv6_fla.py``);
-- ``mamba_ssm`` for ``ssd``: the Triton kernels of mamba_ssm, CUDA only (``ssd_mamba.py``).
+- ``mamba_ssm`` for ``ssd``: the Triton kernels of mamba_ssm, CUDA only (``ssd_mamba.py``);
+- ``triton+fla``, ``triton+mamba_ssm``: ``triton`` for calls of at most ``SHORT`` steps whose heads it can hold, the
+  other for the rest.
 
-``auto`` is the Triton backend on CUDA where its package is installed, ``torch`` otherwise; ``resolve_backend`` says
-which, and every run records it.
+``auto`` is ``torch`` on CPU, and on CUDA the best of what is installed; ``resolve_backend`` says which, and every run
+records it. All of them can be mapped over stacked models with ``torch.vmap``.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -20,8 +24,11 @@ from torch import Tensor
 from hybrid.kernels.ssd import ssd_torch
 from hybrid.kernels.wkv6 import wkv6_torch
 
-TRITON_BACKEND = {"wkv6": "fla", "ssd": "mamba_ssm"}
-_PACKAGE = {"fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
+CHUNKED = {"wkv6": "fla", "ssd": "mamba_ssm"}  # kernels for long sequences
+SHORT = {"wkv6": 512, "ssd": 512}  # steps of a call up to which the fused kernels are faster
+LARGEST_V = 128  # value channels of a head that the fused wkv6 kernels hold
+LARGEST_STATE = 64 * 256  # state channels of a head, P N, each rounded up to a power of two, for the fused ssd kernels
+_PACKAGE = {"triton": "triton", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _PACKAGE}
 
 
@@ -34,19 +41,42 @@ def resolve_backend(op: str, backend: str, device_type: str) -> str:
 
     Raises ``BackendError`` for a named backend that is unknown, not installed, or not for this device.
     """
-    triton = TRITON_BACKEND[op]
+    chunked = CHUNKED[op]
+    both = f"triton+{chunked}"
     if backend == "torch":
         return backend
-    installed = _INSTALLED[triton]
     if backend == "auto":
-        return triton if device_type == "cuda" and installed else "torch"
-    if backend != triton:
-        raise BackendError(f"{op} has the backends torch and {triton}, not '{backend}'")
-    if device_type != "cuda":
+        if device_type != "cuda":
+            return "torch"
+        parts = [name for name in ("triton", chunked) if _INSTALLED[name]]
+        return "+".join(parts) or "torch"
+    if backend not in ("triton", chunked, both):
+        raise BackendError(f"{op} has the backends torch, triton, {chunked} and {both}, not '{backend}'")
+    # Triton's interpreter runs its kernels without a GPU, slowly: for tests.
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
         raise BackendError(f"the {backend} kernels of {op} need a CUDA device, not {device_type}; use torch or auto")
-    if not installed:
-        raise BackendError(f"the {backend} kernels of {op} are not installed: pip install {_PACKAGE[backend]}")
+    for name in backend.split("+"):
+        if not _INSTALLED[name]:
+            raise BackendError(f"the {name} kernels of {op} are not installed: pip install {_PACKAGE[name]}")
     return backend
+
+
+def serving_backend(op: str, backend: str, device_type: str, steps: int, fits: bool = True) -> str:
+    """The one backend ("torch", "triton", "fla" or "mamba_ssm") that serves a call of ``steps`` steps.
+
+    ``fits`` says whether the fused kernels can hold a head. Raises ``ValueError`` where nothing else may serve.
+    """
+    short, plus, long = resolve_backend(op, backend, device_type).partition("+")
+    if plus:
+        return short if steps <= SHORT[op] and fits else long
+    if short == "triton" and not fits:
+        raise ValueError(f"the heads of {op} are too large for its triton kernels; use torch or {CHUNKED[op]}")
+    return short
+
+
+def _rounded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def wkv6(
@@ -81,7 +111,12 @@ def wkv6(
         raise ValueError("wkv6 needs at least one step, got T=0")
     if initial_state is not None and initial_state.shape != (B, H, K, V):
         raise ValueError(f"wkv6 initial_state must be {[B, H, K, V]}, got {list(initial_state.shape)}")
-    if resolve_backend("wkv6", backend, r.device.type) == "fla":
+    serving = serving_backend("wkv6", backend, r.device.type, r.shape[1], fits=V <= LARGEST_V)
+    if serving == "triton":
+        from hybrid.kernels.wkv6_triton import wkv6_triton
+
+        return wkv6_triton(r, k, v, w, u, initial_state, output_final_state)
+    if serving == "fla":
         from hybrid.kernels.wkv6_fla import wkv6_fla
 
         o, state = wkv6_fla(r, k, v, w, u, initial_state)
@@ -129,7 +164,13 @@ def ssd(
         raise ValueError(f"ssd needs D [{H}], got {list(D.shape)}")
     if initial_state is not None and initial_state.shape != (batch, H, P, N):
         raise ValueError(f"ssd initial_state must be {[batch, H, P, N]}, got {list(initial_state.shape)}")
-    if resolve_backend("ssd", backend, x.device.type) == "mamba_ssm":
+    fits = _rounded(P) * _rounded(N) <= LARGEST_STATE
+    serving = serving_backend("ssd", backend, x.device.type, T, fits)
+    if serving == "triton":
+        from hybrid.kernels.ssd_triton import ssd_triton
+
+        return ssd_triton(x, dt, A, B, C, D, initial_state, output_final_state)
+    if serving == "mamba_ssm":
         from hybrid.kernels.ssd_mamba import ssd_mamba
 
         y, state = ssd_mamba(x, dt, A, B, C, D, initial_state)

@@ -1,9 +1,14 @@
-"""mamba_ssm's Triton kernels for Mamba-2 as one PyTorch operator with a gradient (see ``wkv6_fla.py`` for why)."""
+"""mamba_ssm's Triton kernels for Mamba-2 as one PyTorch operator with a gradient (see ``wkv6_fla.py`` for why).
+
+The operators' A and D are [M,H], as the bonus there.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from hybrid.kernels.seeds import from_heads, register_seeds, state_from_heads, state_to_heads, to_heads
 
 _STATE = torch.float32
 CHUNK = 64
@@ -15,11 +20,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_fwd
 
+    models = A.shape[0]
+    x, dt, B, C = (to_heads(t, models) for t in (x, dt, B, C))
+    D = None if D is None else D.flatten()
+    initial_state = None if initial_state is None else state_to_heads(initial_state, models)
     with torch.cuda.device(x.device):
         y, _, _, _, _, final_state = _mamba_chunk_scan_combined_fwd(
-            x, dt, A, B, C, CHUNK, D=D, initial_states=initial_state
+            x, dt, A.flatten(), B, C, CHUNK, D=D, initial_states=initial_state
         )
-    return y, final_state.to(_STATE)
+    return from_heads(y, models), state_from_heads(final_state.to(_STATE), models)
 
 
 @_forward.register_fake
@@ -35,14 +44,21 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd
 
+    models = A.shape[0]
+    dy, x, dt, B, C, y = (to_heads(t, models) for t in (dy.contiguous(), x, dt, B, C, y))
+    initial_state = None if initial_state is None else state_to_heads(initial_state, models)
+    dstate = None if dstate is None else state_to_heads(dstate, models)
     with torch.cuda.device(x.device):
         dx, ddt, dA, dB, dC, dD, _, _, dh0 = _mamba_chunk_scan_combined_bwd(
-            dy.contiguous(), x, dt, A, B, C, y, CHUNK, D=D, initial_states=initial_state, dfinal_states=dstate
-        )
+            dy, x, dt, A.flatten(), B, C, y, CHUNK, D=None if D is None else D.flatten(),
+            initial_states=initial_state, dfinal_states=dstate,
+        )  # fmt: skip
     none = x.new_empty(0, dtype=_STATE)  # an operator's outputs are tensors; unused ones are empty
-    dD = none if dD is None else dD.to(_STATE)
-    dh0 = none.clone() if dh0 is None else dh0.to(_STATE)
-    return dx.to(x.dtype), ddt.to(dt.dtype), dA.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype), dD, dh0
+    dD = none if dD is None else dD.to(_STATE).view(models, -1)
+    dh0 = none.clone() if dh0 is None else state_from_heads(dh0.to(_STATE), models)
+    grads, likes = (dx, ddt, dB, dC), (x, dt, B, C)
+    dx, ddt, dB, dC = (from_heads(t, models).to(like.dtype) for t, like in zip(grads, likes, strict=True))
+    return dx, ddt, dA.to(A.dtype).view(A.shape), dB, dC, dD, dh0
 
 
 @_backward.register_fake
@@ -68,6 +84,8 @@ def _autograd(ctx, dy, dstate):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+register_seeds(_forward)
+register_seeds(_backward)
 
 
 def ssd_mamba(
@@ -75,6 +93,6 @@ def ssd_mamba(
 ) -> tuple[Tensor, Tensor]:
     """As ``hybrid.kernels.ssd``; B and C are taken in x's dtype, dt, A, D and the state in float32."""
     B, C = B.to(x.dtype).contiguous(), C.to(x.dtype).contiguous()
-    D = None if D is None else D.float()
+    D = None if D is None else D[None].float()
     initial_state = None if initial_state is None else initial_state.float().contiguous()
-    return _forward(x.contiguous(), dt.float().contiguous(), A.float(), B, C, D, initial_state)
+    return _forward(x.contiguous(), dt.float().contiguous(), A[None].float(), B, C, D, initial_state)

@@ -1,13 +1,16 @@
 """flash-linear-attention's Triton kernels for RWKV-6 as one PyTorch operator with a gradient.
 
 FLA's own ``chunk_rwkv6`` is excluded from ``torch.compile`` and breaks the graph; wrapping its forward and backward
-as custom operators keeps a compiled model in one graph.
+as custom operators keeps a compiled model in one graph. The operators' bonus u is [M,H,K]: row m serves the m-th of M
+equal parts of the batch (``seeds.py``). FLA knows one bonus a head, so with several rows the parts become heads.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from hybrid.kernels.seeds import from_heads, register_seeds, state_from_heads, state_to_heads, to_heads
 
 _STATE = torch.float32
 
@@ -18,9 +21,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fla.ops.rwkv6.chunk import chunk_rwkv6_fwd
 
+    models = u.shape[0]
+    r, k, v, w = (to_heads(x, models) for x in (r, k, v, w))
+    initial_state = None if initial_state is None else state_to_heads(initial_state, models)
     with torch.cuda.device(r.device):
-        A, _, final_state, o = chunk_rwkv6_fwd(r, k, v, w, u, 1.0, initial_state, True)
-    return o, final_state, A
+        A, _, final_state, o = chunk_rwkv6_fwd(r, k, v, w, u.flatten(0, 1), 1.0, initial_state, True)
+    return from_heads(o, models), state_from_heads(final_state, models), from_heads(A, models)
 
 
 @_forward.register_fake
@@ -37,11 +43,16 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from fla.ops.rwkv6.chunk import chunk_rwkv6_bwd
 
+    models = u.shape[0]
+    r, k, v, w, A, do = (to_heads(x, models) for x in (r, k, v, w, A, do.contiguous()))
+    dstate = state_to_heads(dstate, models)
+    initial_state = None if initial_state is None else state_to_heads(initial_state, models)
     with torch.cuda.device(r.device):
-        dr, dk, dv, dw, du, dh0 = chunk_rwkv6_bwd(r, k, v, w, u, 1.0, initial_state, A, do.contiguous(), dstate)
-    if dh0 is None:  # an operator's outputs are tensors; this one is not used
-        dh0 = dstate.new_empty(0)
-    return dr.to(r.dtype), dk.to(k.dtype), dv.to(v.dtype), dw.to(w.dtype), du.to(u.dtype), dh0.to(_STATE)
+        *grads, du, dh0 = chunk_rwkv6_bwd(r, k, v, w, u.flatten(0, 1), 1.0, initial_state, A, do, dstate)
+    dr, dk, dv, dw = (from_heads(x, models).to(like.dtype) for x, like in zip(grads, (r, k, v, w), strict=True))
+    # An operator's outputs are tensors; one that is not used is empty.
+    dh0 = dstate.new_empty(0) if dh0 is None else state_from_heads(dh0.to(_STATE), models)
+    return dr, dk, dv, dw, du.to(u.dtype).view(u.shape), dh0
 
 
 @_backward.register_fake
@@ -67,6 +78,8 @@ def _autograd(ctx, do, dstate, _dA):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+register_seeds(_forward)
+register_seeds(_backward)
 
 
 def wkv6_fla(
@@ -77,6 +90,6 @@ def wkv6_fla(
     w, u = w.float(), u.float()
     initial_state = None if initial_state is None else initial_state.float().contiguous()
     o, final_state, _ = _forward(
-        r.contiguous(), k.contiguous(), v.contiguous(), w.contiguous(), u.contiguous(), initial_state
+        r.contiguous(), k.contiguous(), v.contiguous(), w.contiguous(), u[None].contiguous(), initial_state
     )
     return o, final_state

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(load_file(path))
 
 
-def save_step(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
+def save_step(folder: Path, step: int, model: nn.Module, optimizer: dict[str, Any], state: dict[str, Any]) -> None:
     """Keep everything that a resumed run needs after update number ``step``, and drop older step folders."""
     target = folder / f"step-{step:08d}"
     partial = folder / f"partial-{step:08d}"
@@ -60,7 +59,7 @@ def save_step(
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state_all()
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "rng": rng, "state": state}, partial / "training.pt")
+    torch.save({"step": step, "optimizer": optimizer, "rng": rng, "state": state}, partial / "training.pt")
     flush(partial / "training.pt")
     if target.exists():
         remove_step(target)
@@ -70,7 +69,9 @@ def save_step(
             remove_step(other)
 
 
-def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]] | None:
+def load_newest(
+    folder: Path, model: nn.Module, load_optimizer: Callable[[dict[str, Any]], None]
+) -> tuple[int, dict[str, Any]] | None:
     """Restore the newest step folder: ``(step, state)``, or None where there is none.
 
     A folder that cannot be read (a power cut, a bad disk) is put aside as ``damaged-*``, and ``DamagedCheckpoint``
@@ -83,7 +84,7 @@ def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     try:
         saved = torch.load(newest / "training.pt", map_location="cpu", weights_only=True)
         load_weights(model, newest / "model.safetensors")
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(saved["optimizer"])
         torch.set_rng_state(saved["rng"]["cpu"])
         if "cuda" in saved["rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])

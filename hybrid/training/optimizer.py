@@ -21,6 +21,10 @@ def group_of(parameter_name: str) -> str:
     return part if part in GROUPS else "other"
 
 
+def lr_multiplier(cfg: OptimConfig, group: str) -> float:
+    return 1.0 if group == "other" else getattr(cfg, f"{group}_lr_mult")
+
+
 def decays(parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices, except where the layer says no.
 
@@ -32,12 +36,11 @@ def decays(parameter: Tensor) -> bool:
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig, fused: bool = False) -> torch.optim.AdamW:
     """AdamW with a group for every (part, decay); each group knows its ``name`` and ``peak_lr``."""
-    multiplier = {"rwkv": cfg.rwkv_lr_mult, "mamba": cfg.mamba_lr_mult, "fusion": cfg.fusion_lr_mult, "other": 1.0}
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         key = (group_of(name), decays(parameter))
         if key not in groups:
-            peak = cfg.lr * multiplier[key[0]]
+            peak = cfg.lr * lr_multiplier(cfg, key[0])
             decay = cfg.weight_decay if key[1] else 0.0
             groups[key] = {"params": [], "name": key[0], "lr": peak, "peak_lr": peak, "weight_decay": decay}
         groups[key]["params"].append(parameter)
@@ -55,10 +58,7 @@ class GradientNorms:
     def __init__(self, model: nn.Module) -> None:
         named = list(model.named_parameters())
         self.parameters = [parameter for _, parameter in named]
-        members: dict[str, list[int]] = {group: [] for group in GROUPS}
-        for index, (name, _) in enumerate(named):
-            members[group_of(name)].append(index)
-        self.members = {group: torch.tensor(indices) for group, indices in members.items() if indices}
+        self.names = [name for name, _ in named]
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their total norm is at most ``max_norm`` (0: leave them).
@@ -75,17 +75,26 @@ class GradientNorms:
         return norms
 
     def by_part(self, norms: Tensor) -> dict[str, float]:
-        """What the log shows of the norms: the total, each part's, and the RWKV/Mamba ratio in both definitions.
+        """``part_norms`` of this model."""
+        return part_norms(self.names, norms)
 
-        ``grad_ratio`` is the specification's (gate G4): mean norm of a part's tensors, RWKV over Mamba.
-        ``grad_ratio_total`` divides the parts' total norms instead. Both are absent unless the model has both parts.
-        """
-        norms = norms.detach().double().cpu()
-        row = {"grad_norm": norms.norm().item()}
-        for group, indices in self.members.items():
-            row[f"grad_norm_{group}"] = norms[indices].norm().item()
-        if "rwkv" in self.members and "mamba" in self.members:
-            mean = {group: norms[self.members[group]].mean().item() for group in ("rwkv", "mamba")}
-            row["grad_ratio"] = mean["rwkv"] / (mean["mamba"] + 1e-9)
-            row["grad_ratio_total"] = row["grad_norm_rwkv"] / (row["grad_norm_mamba"] + 1e-9)
-        return {key: value if math.isfinite(value) else math.nan for key, value in row.items()}
+
+def part_norms(names: list[str], norms: Tensor) -> dict[str, float]:
+    """What the log shows of the gradient norms of the parameters ``names``: the total, each part's, and their ratio.
+
+    ``grad_ratio`` is the specification's (gate G4): mean norm of a part's tensors, RWKV over Mamba.
+    ``grad_ratio_total`` divides the parts' total norms instead. Both are absent unless the model has both parts.
+    """
+    members: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        members.setdefault(group_of(name), []).append(index)
+    norms = norms.detach().double().cpu()
+    row = {"grad_norm": norms.norm().item()}
+    for group in GROUPS:
+        if group in members:
+            row[f"grad_norm_{group}"] = norms[members[group]].norm().item()
+    if "rwkv" in members and "mamba" in members:
+        mean = {group: norms[members[group]].mean().item() for group in ("rwkv", "mamba")}
+        row["grad_ratio"] = mean["rwkv"] / (mean["mamba"] + 1e-9)
+        row["grad_ratio_total"] = row["grad_norm_rwkv"] / (row["grad_norm_mamba"] + 1e-9)
+    return {key: value if math.isfinite(value) else math.nan for key, value in row.items()}

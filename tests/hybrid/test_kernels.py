@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -11,6 +13,10 @@ from tests.hybrid.recurrences import ssd_reference, wkv6_reference
 # Largest relative error ||a - b|| / ||b||. CPU: float32 arithmetic. CUDA: Triton multiplies float32 in TF32 (about
 # three digits) and bfloat16 with eight bits of mantissa.
 TOLERANCE = {("cpu", "float32"): 1e-5, ("cuda", "float32"): 3e-3, ("cuda", "bfloat16"): 2e-2}
+# The fused Triton kernels: wkv6 multiplies in full float32 whatever the inputs, ssd in the inputs' precision.
+FUSED = {
+    ("wkv6", "float32"): 1e-3, ("wkv6", "bfloat16"): 4e-3, ("ssd", "float32"): 3e-3, ("ssd", "bfloat16"): 8e-3,
+}  # fmt: skip
 EXTREME = 1e-4  # float32 on CPU where decays reach e^-20 a step
 
 # name: B, T, H, K, V, decay range (log decay per step), initial state
@@ -35,10 +41,14 @@ SSD = {
     "extreme": (2, 130, 2, 16, 1, 32, (1e-4, 1.25), (0.01, 16), True, True),
     "all e^-20": (1, 96, 2, 16, 1, 16, (1.25, 1.25), (16, 16), True, True),
 }
+# "chunked" is FLA for wkv6 and mamba_ssm for ssd.
 DEVICES = [
-    pytest.param("cpu", "float32", id="cpu"),
-    pytest.param("cuda", "float32", id="cuda-fp32", marks=pytest.mark.gpu),
-    pytest.param("cuda", "bfloat16", id="cuda-bf16", marks=pytest.mark.gpu),
+    pytest.param("cpu", "float32", "torch", id="cpu"),
+    *(
+        pytest.param("cuda", dtype, backend, id=f"cuda-{short}-{backend}", marks=pytest.mark.gpu)
+        for backend in ("triton", "chunked")
+        for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16"))
+    ),
 ]
 
 
@@ -109,29 +119,40 @@ def compare(
     return errors, exact
 
 
+def with_backend(op: str, backend: str):
+    name = kernels.CHUNKED[op] if backend == "chunked" else backend
+    return functools.partial(getattr(kernels, op), backend=name)
+
+
 @pytest.mark.parametrize("case", WKV6)
-@pytest.mark.parametrize("device, dtype", DEVICES)
-def test_wkv6(case: str, device: str, dtype: str) -> None:
+@pytest.mark.parametrize("device, dtype, backend", DEVICES)
+def test_wkv6(case: str, device: str, dtype: str, backend: str) -> None:
     inputs = wkv6_inputs(WKV6[case], torch.Generator().manual_seed(0))
-    errors, exact = compare(kernels.wkv6, wkv6_reference, inputs, device, dtype, low={"r", "k", "v"})
-    if device == "cuda" and case == "all e^-20":
+    function = with_backend("wkv6", backend)
+    errors, exact = compare(function, wkv6_reference, inputs, device, dtype, low={"r", "k", "v"})
+    if backend == "chunked" and case == "all e^-20":
         # FLA forms dw from sums of r*dr - k*dk. Here those cancel to e^-20 of their size, so what is left in low
         # precision is their rounding: it is held against the size of the terms, not of what they cancel to.
         errors["dw"] *= (exact["w"].grad.norm() / (exact["k"] * exact["k"].grad).norm()).item()
-    report("wkv6", case, device, dtype, errors, extreme="20" in case or case == "extreme")
+    report("wkv6", case, device, dtype, backend, errors)
 
 
 @pytest.mark.parametrize("case", SSD)
-@pytest.mark.parametrize("device, dtype", DEVICES)
-def test_ssd(case: str, device: str, dtype: str) -> None:
+@pytest.mark.parametrize("device, dtype, backend", DEVICES)
+def test_ssd(case: str, device: str, dtype: str, backend: str) -> None:
     inputs = ssd_inputs(SSD[case], torch.Generator().manual_seed(0))
-    errors, _ = compare(kernels.ssd, ssd_reference, inputs, device, dtype, low={"x", "B", "C"})
-    report("ssd", case, device, dtype, errors, extreme="20" in case or case == "extreme")
+    errors, _ = compare(with_backend("ssd", backend), ssd_reference, inputs, device, dtype, low={"x", "B", "C"})
+    report("ssd", case, device, dtype, backend, errors)
 
 
-def report(op: str, case: str, device: str, dtype: str, errors: dict[str, float], extreme: bool) -> None:
-    tolerance = EXTREME if extreme and device == "cpu" else TOLERANCE[device, dtype]
-    print(f"{op} [{case}] {device} {dtype}: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+def report(op: str, case: str, device: str, dtype: str, backend: str, errors: dict[str, float]) -> None:
+    tolerance = EXTREME if device == "cpu" and case in ("extreme", "all e^-20") else TOLERANCE[device, dtype]
+    if backend == "triton":
+        tolerance = FUSED[op, dtype]
+    print(
+        f"{op} [{case}] {device} {dtype} {backend}: "
+        + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    )
     too_large = {name: error for name, error in errors.items() if not error <= tolerance}
     assert not too_large, f"relative errors above {tolerance}: {too_large}"
 
@@ -166,7 +187,7 @@ def test_wrong_shapes_and_backends_are_named() -> None:
         kernels.ssd(x, torch.ones(1, 4, 3), -torch.ones(3), B, B)
     with pytest.raises(kernels.BackendError, match="need a CUDA device"):
         kernels.wkv6(r, r, r, r, torch.zeros(2, 8), backend="fla")
-    with pytest.raises(kernels.BackendError, match="torch and mamba_ssm"):
+    with pytest.raises(kernels.BackendError, match="torch, triton, mamba_ssm and triton\\+mamba_ssm, not 'fla'"):
         kernels.ssd(x, torch.ones(1, 4, 3), -torch.ones(3), x, x, backend="fla")
 
 
@@ -185,3 +206,86 @@ def test_no_step_is_refused() -> None:
         kernels.wkv6(**wkv6_inputs((1, 0, 2, 8, 8, (-1.0, -0.1), False), generator))
     with pytest.raises(ValueError, match="at least one step"):
         kernels.ssd(**ssd_inputs((1, 0, 2, 8, 1, 8, (0.001, 0.1), (1, 16), True, False), generator))
+
+
+def test_which_backend_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``auto`` means, and who serves short and long calls; the record holds the name for both."""
+    for op, chunked in (("wkv6", "fla"), ("ssd", "mamba_ssm")):
+        for installed, name, short, long in (
+            ({"triton", chunked}, f"triton+{chunked}", "triton", chunked),
+            ({"triton"}, "triton", "triton", "triton"),
+            ({chunked}, chunked, chunked, chunked),
+            (set(), "torch", "torch", "torch"),
+        ):
+            monkeypatch.setattr(kernels, "_INSTALLED", {n: n in installed for n in ("triton", "fla", "mamba_ssm")})
+            assert kernels.resolve_backend(op, "auto", "cuda") == name
+            assert kernels.resolve_backend(op, name, "cuda") == name  # what was recorded can be asked for again
+            limit = kernels.SHORT[op]
+            assert kernels.serving_backend(op, "auto", "cuda", limit) == short
+            assert kernels.serving_backend(op, "auto", "cuda", limit + 1) == long
+            assert kernels.serving_backend(op, "auto", "cpu", 1) == "torch"
+            if name != "triton":
+                assert kernels.serving_backend(op, "auto", "cuda", 1, fits=False) == long
+        monkeypatch.setitem(kernels._INSTALLED, "triton", True)
+        with pytest.raises(kernels.BackendError, match=f"the {chunked} kernels of {op} are not installed"):
+            kernels.resolve_backend(op, f"triton+{chunked}", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+@pytest.mark.parametrize("op", ["wkv6", "ssd"])
+def test_models_together_equal_models_alone(op: str, backend: str) -> None:
+    """torch.vmap over stacked models, outputs and gradients, against one call for each."""
+    function, models = with_backend(op, backend), 3
+    if op == "wkv6":
+        sets = [wkv6_inputs(WKV6["odd length"], torch.Generator().manual_seed(m)) for m in range(models)]
+    else:
+        sets = [ssd_inputs(SSD["groups"], torch.Generator().manual_seed(m)) for m in range(models)]
+    names = list(sets[0])
+    results = []
+    for mapped in (True, False):
+        leaves = [torch.stack([s[n] for s in sets]).float().cuda().requires_grad_() for n in names]
+        call = lambda *values: function(**dict(zip(names, values, strict=True)))  # noqa: E731
+        if mapped:
+            out, state = torch.vmap(call)(*leaves)
+        else:
+            each = [call(*(x[m] for x in leaves)) for m in range(models)]
+            out, state = (torch.stack(x) for x in zip(*each, strict=True))
+        (out.square().sum() + state.square().sum()).backward()
+        results.append([out, state, *(x.grad for x in leaves)])
+    for name, together, alone in zip(["output", "state", *names], *results, strict=True):
+        assert relative_error(together, alone.detach().cpu().double()) <= 1e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["wkv6", "ssd"])
+def test_fused_kernels_compile_and_replay(op: str) -> None:
+    """One compiled graph, captured in a CUDA graph, computes what the eager call does."""
+    if op == "wkv6":
+        inputs = wkv6_inputs((4, 64, 4, 16, 32, (-1.0, -0.01), False), torch.Generator().manual_seed(0))
+    else:
+        inputs = ssd_inputs(
+            (4, 64, 4, 64, 1, 128, (0.001, 0.1), (1, 16), True, False), torch.Generator().manual_seed(0)
+        )
+    leaves = [x.float().cuda().requires_grad_() for x in inputs.values()]
+    function = with_backend(op, "triton")
+
+    def step(*values: torch.Tensor) -> torch.Tensor:
+        return function(**dict(zip(inputs, values, strict=True)), output_final_state=False)[0].square().mean()
+
+    expected = torch.autograd.grad(step(*leaves), leaves)
+    compiled = torch.compile(step, fullgraph=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            torch.autograd.grad(compiled(*leaves), leaves)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = torch.autograd.grad(compiled(*leaves), leaves)
+    for x in captured:
+        x.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, actual, wanted in zip(inputs, captured, expected, strict=True):
+        assert relative_error(actual, wanted.cpu().double()) <= 1e-5, name

@@ -114,10 +114,12 @@ def test_betas_and_eps_reach_the_optimizer(small: Setting) -> None:
 
 def test_a_multiplier_of_zero_freezes_its_part_and_no_other(small: Setting) -> None:
     trainer = trainer_of(small, "optim.mamba_lr_mult=0", "trainer.max_steps=4")
-    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in trainer.members[0].model.named_parameters()}
     trainer.train()
     moved = {
-        group_of(name) for name, parameter in trainer.model.named_parameters() if not parameter.equal(before[name])
+        group_of(name)
+        for name, parameter in trainer.members[0].model.named_parameters()
+        if not parameter.equal(before[name])
     }
     assert moved == {"rwkv", "fusion", "other"}
 
@@ -166,12 +168,12 @@ def test_the_optimizer_uses_what_the_schedule_says_and_the_log_tells_it(small: S
         "optim.rwkv_lr_mult=3", "trainer.max_steps=5", "trainer.log_every=1",
     )  # fmt: skip
     used: list[dict[str, float]] = []
-    trainer.optimizer.register_step_pre_hook(
+    trainer.step.optimizer.register_step_pre_hook(
         lambda optimizer, *_: used.append({group["name"]: group["lr"] for group in optimizer.param_groups})
     )
     trainer.train()
     expected = [0.005, 0.01, 0.01, 0.005, 0.0]
-    logged = [row for row in rows(trainer.folder) if row["kind"] == "train"]
+    logged = [row for row in rows(trainer.members[0].folder) if row["kind"] == "train"]
     assert [lr["other"] for lr in used] == pytest.approx(expected)
     assert [lr["rwkv"] for lr in used] == pytest.approx([3 * lr for lr in expected])
     assert [row["lr"] for row in logged] == pytest.approx(expected)
@@ -280,12 +282,12 @@ def test_norms_of_a_real_model_and_no_clipping_at_zero(small: Setting) -> None:
 def test_logged_norms_are_before_clipping_and_updates_after(small: Setting) -> None:
     tight = trainer_of(small, "optim.grad_clip=1e-3", "trainer.max_steps=1", "schedule.warmup_steps=0")
     used: list[float] = []
-    tight.optimizer.register_step_pre_hook(
-        lambda *_: used.append(torch.stack([p.grad.norm() for p in tight.model.parameters()]).norm().item())
+    tight.step.optimizer.register_step_pre_hook(
+        lambda *_: used.append(torch.stack([p.grad.norm() for p in tight.members[0].model.parameters()]).norm().item())
     )
     tight.train()
     assert used == [pytest.approx(1e-3, rel=1e-3)]
-    assert next(row for row in rows(tight.folder) if row["kind"] == "train")["grad_norm"] > 0.1
+    assert next(row for row in rows(tight.members[0].folder) if row["kind"] == "train")["grad_norm"] > 0.1
 
 
 # ---- accumulation
@@ -310,14 +312,14 @@ def test_micro_batches_add_up_to_the_large_batch(small: Setting, monkeypatch: py
             small, f"trainer.batch_size={micro}", f"trainer.grad_accum={accumulate}", f"optim.grad_clip={clip}",
             "trainer.max_steps=1", "schedule.warmup_steps=0",
         )  # fmt: skip
-        stir(trainer.model)
-        trainer.optimizer.register_step_pre_hook(
+        stir(trainer.members[0].model)
+        trainer.step.optimizer.register_step_pre_hook(
             lambda *_, trainer=trainer, micro=micro: gradients.__setitem__(
-                micro, [parameter.grad.clone() for parameter in trainer.model.parameters()]
+                micro, [parameter.grad.clone() for parameter in trainer.members[0].model.parameters()]
             )
         )
         trainer.train()
-        logged[micro] = next(row for row in rows(trainer.folder) if row["kind"] == "train")
+        logged[micro] = next(row for row in rows(trainer.members[0].folder) if row["kind"] == "train")
     for micro in (2, 1):
         for one, many in zip(gradients[8], gradients[micro], strict=True):
             assert (one - many).norm() <= 1e-5 * one.norm() + 1e-9

@@ -16,9 +16,10 @@ from torch import Tensor
 from hybrid import build_model
 from hybrid.data import Corpus
 from hybrid.run import execute
-from hybrid.training import checkpoint, loop
+from hybrid.training import checkpoint, member
 from hybrid.training.evaluation import evaluate
 from hybrid.training.loop import Trainer
+from hybrid.training.step import PlainStep
 from tests.hybrid.trainers import CPU, trainer_of
 from tests.runs import Setting, results, rows, same_weights, strict_json, weights
 
@@ -129,7 +130,8 @@ def test_seeds_change_what_they_name_and_only_that(small: Setting, monkeypatch: 
     data = trainer_of(small, *short, "seed_data=1")
     arm = trainer_of(small, *short, "fusion=gain", "model.rwkv.expand_k=1.0", "optim.lr=0.1")
     start = {
-        name: copy.deepcopy(t.model.state_dict()) for name, t in {"base": base, "init": init, "data": data}.items()
+        name: copy.deepcopy(t.members[0].model.state_dict())
+        for name, t in {"base": base, "init": init, "data": data}.items()
     }
     assert same_weights(start["base"], start["data"])
     random = ("embedding.weight", "blocks.0.ffn.up.weight", "blocks.0.rwkv.r_proj.linear.weight",
@@ -149,13 +151,13 @@ def test_seeds_change_what_they_name_and_only_that(small: Setting, monkeypatch: 
 
 def test_dropout_follows_seed_init(small: Setting) -> None:
     options = ("model.dropout=0.3", "trainer.max_steps=1", "schedule.warmup_steps=0")
-    weights = trainer_of(small, *options).model.state_dict()
+    weights = trainer_of(small, *options).members[0].model.state_dict()
 
     def loss(*more: str) -> float:
         trainer = trainer_of(small, *options, *more)
-        trainer.model.load_state_dict(weights)
+        trainer.members[0].model.load_state_dict(weights)
         trainer.train()
-        return next(row["loss"] for row in rows(trainer.folder) if row["kind"] == "train")
+        return next(row["loss"] for row in rows(trainer.members[0].folder) if row["kind"] == "train")
 
     assert loss() == loss(f"out={small.out}2") != loss("seed_init=1")
 
@@ -195,13 +197,14 @@ def test_diverged_at_the_last_validation(small: Setting) -> None:
 def test_divergence_is_dated_to_the_step_where_it_is_seen_at_the_latest_logged(
     small: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Trainer._update
+    original, calls = PlainStep.update, []
 
-    def spoil(self: Trainer, step: int) -> tuple[Tensor, Tensor]:
-        loss, norms = original(self, step)
-        return (loss * math.nan if step == 4 else loss), norms
+    def spoil(self: PlainStep, inputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(inputs)
+        loss = original(self, inputs, targets)
+        return loss * math.nan if len(calls) == 4 else loss
 
-    monkeypatch.setattr(Trainer, "_update", spoil)
+    monkeypatch.setattr(PlainStep, "update", spoil)
     _, summary = small.run("trainer.log_every=6")
     assert summary["status"] == "diverged" and 4 <= summary["steps"] <= 6
 
@@ -235,4 +238,4 @@ def test_tensorboard_option_writes_events(small: Setting) -> None:
 
 
 def test_ratio_window_is_ten() -> None:
-    assert loop.RATIO_WINDOW == 10
+    assert member.RATIO_WINDOW == 10

@@ -8,6 +8,7 @@ import torch.nn as nn
 from hybrid import build_model
 from hybrid.progress import RunProgress
 from hybrid.training.loop import Trainer
+from hybrid.training.member import Member
 from tests.runs import Setting
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ def trainer_of(small: Setting, *overrides: str) -> Trainer:
     run = small.plan("display.progress=off", *overrides)
     run.folder.create(run.cfg, run.corpus)
     progress = RunProgress("test", run.cfg.trainer.max_steps, run.cfg.display, run.folder.note)
-    return Trainer(run.cfg, run.corpus, run.folder, progress)
+    return Trainer(Member(run.cfg, run.corpus, run.folder, progress))
 
 
 @torch.no_grad()

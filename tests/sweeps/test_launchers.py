@@ -403,22 +403,35 @@ def test_two_sweeps_at_once_run_nothing_twice(basic: Path, small: Setting) -> No
 # ---- stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_stopped_sweep_leaves_checkpoints_and_no_process(small: Setting, number: signal.Signals) -> None:
-    """The signal goes to the parent alone, as ``kill`` sends it. The same command then ends as if undisturbed."""
-    steps = ["trainer.max_steps=200", "trainer.eval_every=100", "trainer.checkpoint_every=200"]
+def long_enough(small: Setting) -> list[str]:
+    """Overrides of runs that last until they are stopped in the middle, without a checkpoint before."""
     own = [line for line in small.with_() if not line.startswith(("trainer.max", "trainer.eval", "trainer.check"))]
-    command = [*own, *steps, "sweep.name=two"]
+    return [*own, "trainer.max_steps=200", "trainer.eval_every=100", "trainer.checkpoint_every=200"]
+
+
+def stop_in_the_middle(small: Setting, number: signal.Signals) -> Path:
+    """The signal goes to the parent alone, as ``kill`` sends it; the sweep's folder."""
+    command = [*long_enough(small), "sweep.name=two"]
     process, root = start([*command, "seed_init=0,1,2,3", *JOBLIB], "-m"), small.out / "two"
     wait_for(lambda: len(metrics_steps(root)) == 2, process)
     below = descendants(process.pid)
     process.send_signal(number)
     stopped_right(finish(process), root, below)
     assert not records(root) and len(metrics_steps(root)) == 2  # two were in the middle, two have not begun
-    assert cli([*command, "seed_init=1"], "-m").code == 0
+    return root
+
+
+def test_a_stopped_sweep_leaves_checkpoints_and_no_process(small: Setting) -> None:
+    stop_in_the_middle(small, signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_goes_on_as_if_undisturbed(small: Setting) -> None:
+    root, command = stop_in_the_middle(small, signal.SIGTERM), long_enough(small)
+    assert cli([*command, "sweep.name=two", "seed_init=1"], "-m").code == 0
     ((name, record),) = records(root).items()
     assert "resumes after step" in (root / name / "log.txt").read_text()
-    folder, summary = Setting((*own, *steps), small.out).run("seed_init=1")
+    folder, summary = Setting(tuple(command), small.out).run("seed_init=1")
     assert results(record) == results(summary) and rows(root / name) == rows(folder)
     assert same_weights(weights(root / name), weights(folder))
 

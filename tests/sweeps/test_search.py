@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -16,12 +17,14 @@ import pytest
 import yaml
 
 from tests.runs import Answer, Setting, cli, finish, results, rows, snapshot, start, strict_json, wait_for
+from tests.sweeps.test_launchers import holder, metrics_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LR = "optim.lr=tag(log,interval(1e-5,1e-1))"
 MEDIAN = ["pruner=median", "sweep.search.pruner.n_startup_trials=1", "sweep.search.pruner.n_warmup_steps=0"]
 EVALUATED = ["trainer.eval_every=3"]
+N = 5  # trials of the search that most tests look at
 SEARCH = ["sweep.name=s", LR, "fusion=choice(gain,gated)", "sampler=random", *EVALUATED]
 
 
@@ -54,7 +57,7 @@ class Search:
 def search(shared: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Search:
     out = tmp_path_factory.mktemp("search")
     command = without_lr(Setting((*shared, f"out={out}"), out), *SEARCH, *MEDIAN)
-    answer = cli([*command, "sweep.search.n_trials=8"], "-m")
+    answer = cli([*command, f"sweep.search.n_trials={N}"], "-m")
     root = out / "s"
     return Search(root, command, answer, strict_json((root / "search.json").read_text()), snapshot(root))
 
@@ -62,17 +65,17 @@ def search(shared: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
 def test_a_search_says_what_it_found(search: Search) -> None:
     assert (search.answer.code, search.answer.err) == (0, "")
     found, lines = search.found, search.answer.out.splitlines()
-    assert lines[0] == f"s: a search of 8 trials -> {search.root}"
+    assert lines[0] == f"s: a search of {N} trials -> {search.root}"
     states = [trial["state"] for trial in found["trials"]]
-    assert set(states) == {"COMPLETE", "PRUNED"} and len(states) == 8
-    assert f"s: {states.count('COMPLETE')} complete, {states.count('PRUNED')} pruned of 8 trials" in lines
+    assert set(states) == {"COMPLETE", "PRUNED"} and len(states) == N
+    assert f"s: {states.count('COMPLETE')} complete, {states.count('PRUNED')} pruned of {N} trials" in lines
     assert f"best configuration: {search.root}/best.yaml" in lines and f"all trials: {search.root}/search.json" in lines
 
 
 def test_every_trial_has_its_run_and_every_run_its_trial(search: Search) -> None:
     trials = search.found["trials"]
-    assert [trial["number"] for trial in trials] == list(range(8))
-    assert len({trial["folder"] for trial in trials}) == 8 == len(list(search.root.glob("*/summary.json")))
+    assert [trial["number"] for trial in trials] == list(range(N))
+    assert len({trial["folder"] for trial in trials}) == N == len(list(search.root.glob("*/summary.json")))
     for trial in trials:
         record = record_of(search.root, trial)
         assert record["trial"] == {"study": "s", "number": trial["number"]} and record["run_id"] == trial["run_id"]
@@ -92,8 +95,8 @@ def test_a_pruned_run_keeps_its_record_and_saves_steps(search: Search) -> None:
         assert (record["status"], record["stop_reason"]) == ("stopped", "pruned") and record["steps"] < 12
         assert not list((search.root / trial["folder"] / "checkpoints").glob("step-*"))
     run = sum(trial["steps"] for trial in search.found["trials"])
-    assert search.found["steps"] == {"run": run, "without_pruning": 96} and run < 96
-    assert f"({run} instead of 96)" in search.answer.out
+    assert search.found["steps"] == {"run": run, "without_pruning": 12 * N} and run < 12 * N
+    assert f"({run} instead of {12 * N})" in search.answer.out
 
 
 def test_a_trial_is_pruned_by_the_rule_and_not_otherwise(search: Search) -> None:
@@ -124,11 +127,17 @@ def test_the_best_configuration_is_the_best_trials_run(search: Search) -> None:
     assert answer.code == 0 and f"already there: {search.root}/{best['folder']}" in answer.out
     answer = cli([*own, "sweep.seeds=[0,1]", "trainer.max_steps=3"], "-m", *options)
     assert answer.code == 0 and "s-best: 2 runs (1 arms x 2 seeds)" in answer.out
+    other = next(fusion for fusion in ("gain", "gated") if fusion != best["params"]["fusion"])
+    answer = cli([*own, f"fusion={other}", "schedule=linear", "trainer.max_steps=3"], *options)
+    (config,) = (search.root.parent / "s-best").glob(f"*{other}*/config.yaml")
+    chosen = yaml.safe_load(config.read_text())  # another choice on the command line is not undone by the file
+    assert (chosen["fusion"]["name"], chosen["schedule"]["name"]) == (other, "linear")
+    assert chosen["optim"]["lr"] == best["params"]["optim.lr"]
 
 
 def test_the_same_search_again_repeats_nothing(search: Search) -> None:
-    answer = cli([*search.command, "sweep.search.n_trials=8"], "-m")
-    assert answer.code == 0 and "a search of 8 trials, 8 already done" in answer.out
+    answer = cli([*search.command, f"sweep.search.n_trials={N}"], "-m")
+    assert answer.code == 0 and f"a search of {N} trials, {N} already done" in answer.out
     now = snapshot(search.root)
     written = {"search.json", "best.yaml", "study.journal", "study.lock", "study.journal-lock"}
     assert {
@@ -139,8 +148,8 @@ def test_the_same_search_again_repeats_nothing(search: Search) -> None:
 
 def test_a_dry_run_of_a_search_writes_nothing(search: Search) -> None:
     before = snapshot(search.root)
-    answer = cli([*search.command, "sweep.search.n_trials=10"], "-m", "--dry-run")
-    assert answer.code == 0 and "2 of 10 trials left" in answer.out and "optim.lr: {'type': 'float'" in answer.out
+    answer = cli([*search.command, f"sweep.search.n_trials={N + 2}"], "-m", "--dry-run")
+    assert answer.code == 0 and f"2 of {N + 2} trials left" in answer.out and "optim.lr: {'type': 'float'" in answer.out
     assert snapshot(search.root) == before
 
 
@@ -221,7 +230,35 @@ def test_each_arm_has_a_study(small: Setting) -> None:
         for trial in found["trials"]:
             assert trial["folder"].startswith(f"{arm}-trial-00")
             assert record_of(small.out / "a", trial)["variant"] == f"{arm}-trial-{trial['number']:03d}"
-        assert yaml.safe_load((small.out / "a" / f"best-{arm}.yaml").read_text())["fusion"]["name"] == arm
+        defaults = yaml.safe_load((small.out / "a" / f"best-{arm}.yaml").read_text())["defaults"]
+        assert {"override fusion": arm} in defaults
+
+
+def test_what_is_searched_need_not_fit_the_defaults(small: Setting) -> None:
+    """2,000 steps of warm-up do not go into 12, and fusion=gated, the default, has no proj_init."""
+    rest = [line for line in small.with_() if not line.startswith("schedule.warmup_steps")]
+    known = "sweep.search.enqueue=[{schedule.warmup_steps: 5, optim.eps: 1.0e-3}]"
+    lines = ["fusion=concat,residual", "fusion.proj_init=random", "schedule.warmup_steps=range(2,8)",
+             "sweep.name=w", "sweep.search.n_trials=1", known, "optim.eps=1e-4"]  # fmt: skip
+    answer = cli([*rest, *lines], "-m")
+    assert answer.code == 2 and "optim.eps is no dimension" in answer.err
+    answer = cli([*rest, *lines[:-1], "optim.eps=interval(1e-4,1e-2)"], "-m")
+    assert (answer.code, answer.err) == (0, "")
+    (trial,) = trials_of(small.out / "w", "-residual")
+    assert trial["params"] == {"schedule.warmup_steps": 5, "optim.eps": 1e-3} and trial["state"] == "COMPLETE"
+    config = yaml.safe_load((small.out / "w" / trial["folder"] / "config.yaml").read_text())
+    assert (config["fusion"]["proj_init"], config["schedule"]["warmup_steps"]) == ("random", 5)
+    overrides = record_of(small.out / "w", trial)["overrides"]
+    assert [line for line in overrides if line.startswith(("schedule", "sweep"))] == ["schedule.warmup_steps=5"]
+
+
+def test_a_known_baseline_has_no_part_in_what_is_not_searched_any_more(small: Setting) -> None:
+    lines = ["sweep=lr_ratio_search", "data=text", "model.target_params=null", "optim.mamba_lr_mult=2",
+             "sweep.search.n_trials=1", "pruner=none", "trainer.eval_batch_size=8"]  # fmt: skip
+    rest = [line for line in small.with_() if not line.startswith("optim.lr")]
+    assert cli([*rest, *lines], "-m").code == 0
+    (trial,) = trials_of(small.out / "lr_ratio_search")
+    assert trial["params"] == {"optim.lr": 1e-3, "optim.rwkv_lr_mult": 1.0, "fusion.gate_init": 0.5}
 
 
 def test_two_objectives(small: Setting) -> None:
@@ -257,6 +294,7 @@ def test_the_same_point_twice_is_one_run(small: Setting) -> None:
     )
 
 
+@pytest.mark.slow  # test_study.py has many workers at once on one study
 def test_two_searches_at_once_share_the_study(small: Setting) -> None:
     command = without_lr(small, *SEARCH, "pruner=none", "sweep.search.n_trials=8")
     processes = [start(command, "-m") for _ in range(2)]
@@ -268,17 +306,6 @@ def test_two_searches_at_once_share_the_study(small: Setting) -> None:
 
 
 # ---- interrupted
-
-
-def test_ctrl_c_says_how_to_go_on(small: Setting, search: Search) -> None:
-    command = without_lr(small, *SEARCH, *MEDIAN, "sweep.search.n_trials=8")
-    process = start(command, "-m")
-    wait_for(lambda: len(list((small.out / "s").glob("*/summary.json"))) >= 2, process)
-    process.send_signal(signal.SIGINT)
-    answer = finish(process)
-    assert answer.code == 130 and "trials are done; to go on: python -m hybrid.train" in answer.out
-    assert cli(command, "-m").code == 0
-    same_as(search, small.out / "s")
 
 
 def same_as(undisturbed: Search, root: Path) -> None:
@@ -311,10 +338,20 @@ def kill_and_resume(command: list[str], root: Path, times: int, seed: int) -> An
     return finish(start(command, "-m"))
 
 
-def test_a_killed_search_goes_on_as_if_nothing_had_happened(small: Setting, search: Search) -> None:
-    command = without_lr(small, *SEARCH, *MEDIAN, "sweep.search.n_trials=8")
-    assert kill_and_resume(command, small.out / "s", times=2, seed=1).code == 0
-    same_as(search, small.out / "s")
+def test_a_stopped_and_then_killed_search_goes_on_as_if_nothing_had_happened(small: Setting, search: Search) -> None:
+    command, root = without_lr(small, *SEARCH, *MEDIAN, f"sweep.search.n_trials={N}"), small.out / "s"
+    process = start(command, "-m")
+    wait_for(lambda: len(list(root.glob("*/summary.json"))) >= 2, process)
+    process.send_signal(signal.SIGINT)
+    answer = finish(process)
+    assert answer.code == 130 and "trials are done; to go on: python -m hybrid.train" in answer.out
+    begun = len(list(root.glob("*/metrics.jsonl")))
+    process = start(command, "-m")
+    wait_for(lambda: len(list(root.glob("*/metrics.jsonl"))) > begun, process)
+    process.kill()
+    process.wait()
+    assert cli(command, "-m").code == 0
+    same_as(search, root)
 
 
 @pytest.mark.slow
@@ -346,6 +383,15 @@ def test_a_search_killed_ten_times_goes_on_as_if_nothing_had_happened(
         (["sweep.search.n_trials=2", LR, "sampler=tpee"], "sampler=tpee: no such choice; did you mean tpe?"),
         (["sweep.search.n_trials=2", LR, "sweep.search.sampler._target_=optuna.samplers.TPE"], "no such sampler"),
         (["sweep.search.n_trials=2", LR, "sweep.search.metric=loss"], "no metric 'loss'"),
+        (["sweep.search.n_trials=2", LR, "sweep.search.workers=0"], "sweep.search.workers must be at least 1"),
+        (["sweep.search.n_trials=2", LR, "sweep.search.enqueue=[5]"], "sweep.search.enqueue must be a list"),
+        (["sweep.search.n_trials=1", LR, "sweep.search.enqueue=[{optim.lr: 0.01},{optim.lr: 0.02}]"], "is below the 2"),
+        (["sweep.search.n_trials=1", LR, "sweep.search.sampler.sed=1"], "unexpected keyword argument 'sed'"),
+        (["sweep.search.n_trials=1", LR, "hydra/launcher=jobli"], "did you mean joblib? (there are joblib, ray"),
+        (
+            ["sweep.search.n_trials=1", LR, "hydra/launcher=joblib", "hydra.launcher.jobs=2"],
+            "'hydra.launcher.jobs' (conf",
+        ),
         (["sweep.search.n_trials=2", LR, "sweep.search.storage=x.db"], "is no database URL"),
     ],
 )
@@ -365,3 +411,23 @@ def test_a_damaged_journal_ends_the_search_in_a_line(small: Setting) -> None:
     (small.out / "s" / "study.journal").write_text("not\na\njournal\n")
     answer = cli(without_lr(small, *SEARCH, "sweep.search.n_trials=2"), "-m")
     assert answer.code == 2 and "study.journal is damaged" in answer.err and answer.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_a_search_is_replaced_at_once(small: Setting) -> None:
+    """Two workers under joblib; the process of one is killed. Its successor goes on from the checkpoint."""
+    own = [line for line in small.with_() if not re.match(r"trainer\.(max_steps|eval_every|checkpoint_every)", line)]
+    own += ["trainer.max_steps=300", "trainer.eval_every=100", "trainer.checkpoint_every=20"]
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    lines = ["sweep.name=s", "optim.lr=interval(1e-4,1e-2)", "pruner=none", "sweep.search.n_trials=3", *joblib]
+    process, root = start([line for line in [*own, *lines] if not line.startswith("optim.lr=0")], "-m"), small.out / "s"
+    wait_for(lambda: any(last > 60 for last in metrics_steps(root).values()), process)
+    victim = next(name for name, last in metrics_steps(root).items() if last > 60)
+    pid = holder(process, victim)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    answer = finish(process)
+    assert answer.code == 0 and "s: 3 complete of 3 trials" in answer.out
+    assert "resumes after step" in (root / victim / "log.txt").read_text()
+    assert len({trial["folder"] for trial in trials_of(root)}) == 3 == len(list(root.glob("*/summary.json")))
+    assert not list((root / "workers").iterdir()) and not (root / "launcher").exists()

@@ -16,11 +16,14 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
+import sweeps.storage
 import sweeps.study
 from hybrid.config import CONF_DIR, ConfigError, group_options
 from hybrid.schema import SearchConfig
+from sweeps.sampling import build, rehearse
 from sweeps.space import Space
-from sweeps.study import ATTEMPTS, Study, StudyError, Worker, build, rehearse
+from sweeps.storage import StudyError
+from sweeps.study import ATTEMPTS, Study, Worker
 from tests.runs import ROOT
 
 LR = {"optim.lr": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
@@ -158,6 +161,106 @@ def test_a_trial_that_kills_its_process_again_and_again_fails(make: Callable[...
     assert trial.state == TrialState.FAIL and f"died {ATTEMPTS} times" in trial.user_attrs["reason"]
 
 
+def test_a_trial_that_comes_further_each_time_may_die_more_often(make: Callable[..., Study]) -> None:
+    """Machines that are switched off every night: the run goes on from its checkpoints."""
+    study = make(1)
+    for step in range(ATTEMPTS + 2):
+        worker = Worker(study.root)
+        worker.__enter__()
+        trial = study.claim(worker)
+        assert trial is not None and trial.number == 0
+        trial.report(2.0, step)
+        die(worker)
+    for _ in range(ATTEMPTS - 1):  # the first of these deaths is that of a trial that had come further
+        worker = Worker(study.root)
+        worker.__enter__()
+        assert study.claim(worker) is not None
+        die(worker)
+    with Worker(study.root) as worker:
+        assert study.claim(worker) is None
+    assert study.progress().failed == 1 and not list((study.root / "workers").iterdir())
+
+
+def test_a_worker_that_is_told_to_stop_leaves_its_trial_without_a_death(make: Callable[..., Study]) -> None:
+    study = make(1)
+    for _ in range(ATTEMPTS + 2):
+        with pytest.raises(KeyboardInterrupt), Worker(study.root) as worker:
+            trial = study.claim(worker)
+            with study.holding(trial):
+                raise KeyboardInterrupt
+        assert study.trials()[0].user_attrs["worker"] is None
+    assert run_all(study) and study.progress().complete == 1
+
+
+def test_a_worker_that_left_another_machine_leaves_its_trial(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make(1, storage=f"sqlite:///{tmp_path}/s.db")
+    elsewhere = Worker(tmp_path / "another folder")
+    elsewhere.name = "other-host-1-abcd"
+    with pytest.raises(RuntimeError), elsewhere, study.holding(study.claim(elsewhere)):
+        raise RuntimeError
+    assert len(run_all(study)) == 1
+
+
+# ---- what has changed since
+
+
+def test_trials_of_another_version_of_the_code_are_named(
+    make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make(3)
+    with Worker(study.root) as worker:
+        for code in ("old", sweeps.study.code_version()):
+            trial = study.claim(worker)
+            study.space.suggest(trial)
+            trial.set_user_attr("code", code)
+            study.optuna.tell(trial, 1.0)
+    (note,) = make(3).notes
+    assert note.startswith("1 of the 2 trials of study s were trained by another version of the code")
+    monkeypatch.setattr(sweeps.study, "code_version", lambda: "old")
+    assert make(3).notes[0].startswith("1 of the 2 trials")
+
+
+def test_a_trial_begun_by_another_version_of_the_code_is_begun_anew(make: Callable[..., Study]) -> None:
+    """With the same parameters, as the same of ``n_trials``; its half curve is of another code."""
+    study = make(2)
+    with pytest.raises(RuntimeError), Worker(study.root) as worker:
+        trial = study.claim(worker)
+        params = study.space.suggest(trial)
+        trial.report(2.0, 5)
+        trial.set_user_attr("code", "old")
+        with study.holding(trial):
+            raise RuntimeError
+    drawn = run_all(study)
+    assert drawn[0] == params["optim.lr"] and len(drawn) == 2
+    assert [(trial.number, trial.state) for trial in study.trials()] == [
+        (1, TrialState.COMPLETE),
+        (2, TrialState.COMPLETE),
+    ]
+    assert study.trials()[0].intermediate_values == {} and study.progress().left == 0
+
+
+def test_a_study_is_not_gone_on_with_under_another_setting(make: Callable[..., Study], tmp_path: Path) -> None:
+    def found(setting: dict[str, object], **changes: object) -> Study:
+        return Study(search(2, **changes), "s", tmp_path, create=True, setting=setting)
+
+    setting = {"trainer.max_steps": 10, "optim.lr": 1e-4}
+    found(setting | {"trainer.max_steps": 20})  # nothing is trained yet
+    run_all(found(setting))
+    found(setting | {"optim.lr": 1e-3})  # which is searched
+    for changed in (setting | {"trainer.max_steps": 20}, setting | {"data.works": ["hamlet"]}):
+        with pytest.raises(
+            ConfigError, match=r"^(trainer.max_steps is 20|data.works is .*), in study s it is (10|None)"
+        ):
+            found(changed)
+
+
+def test_a_changed_space_is_named(make: Callable[..., Study]) -> None:
+    run_all(make(2))
+    assert make(2).notes == []
+    (note,) = make(2, space={"optim.eps": {"type": "float", "low": 0.1, "high": 1.0}}).notes
+    assert note.startswith("the space has changed (optim.lr, optim.eps); the 2 trials of study s before stay")
+
+
 def test_a_worker_on_a_machine_without_this_folder_is_taken_as_alive(
     make: Callable[..., Study], tmp_path: Path
 ) -> None:
@@ -197,7 +300,7 @@ def test_a_damaged_journal_is_named_and_left_alone(make: Callable[..., Study]) -
 
 def test_a_lock_that_is_never_given_back(make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch) -> None:
     study = make(2)
-    monkeypatch.setattr(sweeps.study, "PATIENCE", 0.1)
+    monkeypatch.setattr(sweeps.storage, "PATIENCE", 0.1)
     for name in ("study.lock", "study.journal-lock"):
         with (study.root / name).open("a") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -280,6 +383,7 @@ def test_every_pruner_can_be_built(name: str) -> None:
         ("sampler", {"_target_": "nosuch.module.Sampler"}, "_target_=nosuch.module.Sampler: no such sampler"),
         ("sampler", {"_target_": "optuna.pruners.MedianPruner"}, "is no sampler"),
         ("sampler", {"_target_": "optuna.samplers.TPESampler", "sed": 1}, "sed"),
+        ("sampler", {"_target_": "optuna.samplers.TPESampler", "seed": "x"}, "seed must be a whole number from 0"),
         ("pruner", {"_target_": "optuna.pruners.Median"}, "did you mean optuna.pruners.MedianPruner?"),
         ("pruner", {"_target_": "optuna.pruners.WilcoxonPruner", "p_threshold": 2}, "p_threshold"),
         ("pruner", {}, "sweep.search.pruner._target_ is not set"),

@@ -1,0 +1,322 @@
+"""The Mamba-2 recurrence as one Triton kernel forward and one backward (why: ``wkv6_triton.py``).
+
+A program walks the chunks of one head of one sequence. With h the state that enters a chunk, a_t = dt_t A,
+upto_i = a_1 + ... + a_i and total = upto_L::
+
+    y_i = sum_{j<=i} (C_i . B_j) exp(upto_i - upto_j) dt_j x_j + exp(upto_i) h C_i + D x_i
+    h'  = exp(total) h + sum_j exp(total - upto_j) dt_j x_j B_j^T
+
+Where the sequence is one chunk and no state goes in or out, only the first sum is left. Products of tiles run in the
+inputs' precision (TF32 for float32) and add up in float32; exponents are float32 and at most zero. The gradient of a_t
+sums every term whose exponent holds it; the terms i = j hold none and are kept out of the sums that cancel. Gradients
+of B and C are written per head and summed over the heads of a group by torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hybrid.kernels.seeds import register_seeds
+from hybrid.kernels.tiles import LOWEST, check_dtypes, load, power_of_two, store, with_dense_heads
+
+_STATE = torch.float32
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is cut: steps a chunk, warps."""
+
+    chunk: int
+    num_warps: int
+
+
+def choose(T: int, P: int, N: int, dtype: torch.dtype, backward: bool) -> Launch:
+    """A launch, as measured on an H100 in bfloat16 with P=64, N=128. Both directions have the same chunk."""
+    # A state beside the tiles of 64 steps does not fit in registers, nor do float32 tiles in shared memory.
+    large, wide = power_of_two(P) * power_of_two(N) > 64 * 128, dtype == torch.float32
+    longest = 16 if large and wide else 64 if T <= 64 and not large and not wide else 32
+    chunk = min(longest, power_of_two(T))
+    return Launch(chunk, 8 if wide else 4)
+
+
+@triton.jit
+def _ssd_forward_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, initial_ptr, y_ptr, final_ptr, borders_ptr,
+    T, H, G, P, N, sequences_per_A, chunks,
+    x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step,
+    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    SKIP: tl.constexpr, STATE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    low = x_ptr.dtype.element_ty
+    head = tl.program_id(0)
+    b = (head // H).to(tl.int64)
+    h = head % H
+    group = h // (H // G)
+    x_ptr += b * x_batch + h * P
+    dt_ptr += b * dt_batch + h
+    B_ptr += b * B_batch + group * N
+    C_ptr += b * C_batch + group * N
+    y_ptr += (b * T * H + h) * P
+    of_head = b // sequences_per_A * H + h
+    A = tl.load(A_ptr + of_head).to(tl.float32)
+    i = tl.arange(0, L)[:, None]
+    j = tl.arange(0, L)[None, :]
+    if STATE:
+        state = tl.zeros((BP, BN), dtype=tl.float32)
+        if INITIAL:
+            state += load(initial_ptr + head.to(tl.int64) * P * N, 0, 0, P, N, N, BP, BN).to(tl.float32)
+
+    for n in range(0, chunks):
+        first = n * L
+        row = first + tl.arange(0, L)
+        dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
+        x = load(x_ptr, first, 0, T, x_step, P, L, BP)
+        B = load(B_ptr, first, 0, T, B_step, N, L, BN).to(low)
+        C = load(C_ptr, first, 0, T, C_step, N, L, BN).to(low)
+        a = tl.maximum(dt * A, LOWEST)
+        upto = tl.cumsum(a, 0)
+        gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
+        weight = tl.exp(tl.where(i >= j, gap, float("-inf"))) * dt[None, :]
+        scores = tl.dot(C, tl.trans(B)) * weight
+        y = tl.dot(scores.to(low), x)
+        if SKIP:
+            y += tl.load(D_ptr + of_head).to(tl.float32) * x.to(tl.float32)
+        if STATE:
+            if SAVE:
+                at = (head.to(tl.int64) * chunks + n) * P * N
+                store(borders_ptr + at, state, 0, P, N, N, BP, BN)
+            y += tl.dot(C, tl.trans(state.to(low))) * tl.exp(upto)[:, None]
+            total = tl.sum(a, 0)
+            gained = x.to(tl.float32) * (dt * tl.exp(tl.minimum(total - upto, 0.0)))[:, None]
+            state = state * tl.exp(total) + tl.dot(tl.trans(gained.to(low)), B)
+        store(y_ptr, y, first, T, H * P, P, L, BP)
+    if FINAL:
+        store(final_ptr + head.to(tl.int64) * P * N, state, 0, P, N, N, BP, BN)
+
+
+@triton.jit
+def _ssd_backward_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, borders_ptr, dy_ptr, dfinal_ptr,
+    dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dinitial_ptr,
+    T, H, G, P, N, sequences_per_A, chunks,
+    x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, dy_batch, dy_step,
+    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    SKIP: tl.constexpr, STATE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+):  # fmt: skip
+    low = x_ptr.dtype.element_ty
+    head = tl.program_id(0)
+    b = (head // H).to(tl.int64)
+    h = head % H
+    group = h // (H // G)
+    x_ptr += b * x_batch + h * P
+    dt_ptr += b * dt_batch + h
+    B_ptr += b * B_batch + group * N
+    C_ptr += b * C_batch + group * N
+    dy_ptr += b * dy_batch + h * P
+    dx_ptr += (b * T * H + h) * P
+    dB_ptr += (b * T * H + h) * N
+    dC_ptr += (b * T * H + h) * N
+    ddt_ptr += b * T * H + h
+    of_head = b // sequences_per_A * H + h
+    A = tl.load(A_ptr + of_head).to(tl.float32)
+    i = tl.arange(0, L)[:, None]
+    j = tl.arange(0, L)[None, :]
+    dA = 0.0
+    dD = 0.0
+    if STATE:
+        dstate = tl.zeros((BP, BN), dtype=tl.float32)  # of the state that leaves the chunk
+        if FINAL:
+            dstate += load(dfinal_ptr + head.to(tl.int64) * P * N, 0, 0, P, N, N, BP, BN).to(tl.float32)
+
+    for m in range(0, chunks):
+        n = chunks - 1 - m
+        first = n * L
+        row = first + tl.arange(0, L)
+        dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
+        x = load(x_ptr, first, 0, T, x_step, P, L, BP)
+        dy = load(dy_ptr, first, 0, T, dy_step, P, L, BP).to(low)
+        B = load(B_ptr, first, 0, T, B_step, N, L, BN).to(low)
+        C = load(C_ptr, first, 0, T, C_step, N, L, BN).to(low)
+        a = tl.maximum(dt * A, LOWEST)
+        upto = tl.cumsum(a, 0)
+        gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
+        decay = tl.exp(tl.where(i >= j, gap, float("-inf")))
+        dweighted = tl.dot(dy, tl.trans(x))  # of (weighted scores) dt
+        if SKIP:
+            dD += tl.sum(tl.sum(tl.where(i == j, dweighted, 0.0), 1), 0)
+        scores = tl.dot(C, tl.trans(B)) * decay
+        dscores = dweighted * decay * dt[None, :]
+        through = scores * dweighted  # per unit of dt_j
+        ddt = tl.sum(through, 0)
+        through = tl.where(i > j, through * dt[None, :], 0.0)
+        later = tl.sum(through, 1) - tl.sum(through, 0)  # counts for every step up to this one
+        dx = tl.dot(tl.trans((scores * dt[None, :]).to(low)), dy)
+        if SKIP:
+            dx += tl.load(D_ptr + of_head).to(tl.float32) * dy.to(tl.float32)
+        dC = tl.dot(dscores.to(low), B)
+        dB = tl.dot(tl.trans(dscores.to(low)), C)
+        if STATE:
+            total = tl.sum(a, 0)
+            state = load(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N, 0, 0, P, N, N, BP, BN)
+            entering = tl.exp(upto)
+            leaving = tl.exp(tl.minimum(total - upto, 0.0))
+            dC_state = tl.dot(dy, state.to(low)) * entering[:, None]
+            dC += dC_state
+            later += tl.sum(dC_state * C.to(tl.float32), 1)
+            dstate_low = dstate.to(low)
+            dB_state = tl.dot(x, dstate_low) * leaving[:, None]
+            earlier = tl.sum(dB_state * B.to(tl.float32), 1)  # times dt counts for every step after this one
+            dB += dB_state * dt[:, None]
+            ddt += earlier
+            dx += tl.dot(B, tl.trans(dstate_low)) * (leaving * dt)[:, None]
+            da = tl.sum(tl.where(i >= j, later[:, None], (earlier * dt)[:, None]), 0)
+            da += tl.exp(total) * tl.sum(tl.sum(state.to(tl.float32) * dstate, 1), 0)
+            faded = dy.to(tl.float32) * entering[:, None]
+            dstate = dstate * tl.exp(total) + tl.dot(tl.trans(faded.to(low)), C)
+        else:
+            da = tl.sum(tl.where(i >= j, later[:, None], 0.0), 0)
+        # Where nothing is kept there is no gradient, nor may rounding be one: dt can be huge.
+        da = tl.where(a > LOWEST, da, 0.0)
+        dA += tl.sum(da * dt, 0)
+        ddt += da * A
+        tl.store(ddt_ptr + row.to(tl.int64) * H, ddt.to(ddt_ptr.dtype.element_ty), mask=row < T)
+        store(dx_ptr, dx, first, T, H * P, P, L, BP)
+        store(dB_ptr, dB, first, T, H * N, N, L, BN)
+        store(dC_ptr, dC, first, T, H * N, N, L, BN)
+    tl.store(dA_ptr + head, dA)
+    if SKIP:
+        tl.store(dD_ptr + head, dD)
+    if INITIAL:
+        store(dinitial_ptr + head.to(tl.int64) * P * N, dstate, 0, P, N, N, BP, BN)
+
+
+def _steps(*tensors: Tensor) -> list[int]:
+    """Batch and step strides of each tensor, in the kernels' order."""
+    return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
+
+
+def _border_shape(x: Tensor, N: int, stateful: bool, save: bool) -> tuple[int, ...]:
+    batch, T, H, P = x.shape
+    chunk = choose(T, P, N, x.dtype, False).chunk
+    return (batch, H, (T + chunk - 1) // chunk, P, N) if save and (stateful or chunk < T) else (0,)
+
+
+@torch.library.custom_op("groundthink::ssd_triton", mutates_args=())
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None,
+    final: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, T, H, P = x.shape
+    G, N = B.shape[-2:]
+    launch = choose(T, P, N, x.dtype, backward=False)
+    chunks = triton.cdiv(T, launch.chunk)
+    stateful = chunks > 1 or final or initial_state is not None
+    y = x.new_empty(x.shape)
+    final_state = x.new_empty((batch, H, P, N) if final else (0,), dtype=_STATE)
+    # The products that read them take the inputs' precision anyway.
+    borders = x.new_empty(_border_shape(x, N, final or initial_state is not None, save))
+    x, dt, B, C = with_dense_heads(x), _dense_rows(dt), with_dense_heads(B), with_dense_heads(C)
+    with torch.cuda.device_of(x):
+        _ssd_forward_kernel[(batch * H,)](
+            x, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), initial_state, y, final_state, borders,
+            T, H, G, P, N, batch // A.shape[0], chunks, *_steps(x, dt, B, C),
+            L=launch.chunk, BP=power_of_two(P), BN=power_of_two(N), SKIP=D is not None, STATE=stateful,
+            INITIAL=initial_state is not None, FINAL=final, SAVE=save, num_warps=launch.num_warps, num_stages=1,
+        )  # fmt: skip
+    return y, final_state, borders
+
+
+@_forward.register_fake
+def _(x, dt, A, B, C, D, initial_state, final, save):
+    batch, _, H, P = x.shape
+    N = B.shape[-1]
+    final_state = x.new_empty((batch, H, P, N) if final else (0,), dtype=_STATE)
+    borders = x.new_empty(_border_shape(x, N, final or initial_state is not None, save))
+    return x.new_empty(x.shape), final_state, borders
+
+
+@torch.library.custom_op("groundthink::ssd_triton_backward", mutates_args=())
+def _backward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, borders: Tensor, dy: Tensor,
+    dfinal: Tensor | None, initial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, T, H, P = x.shape
+    G, N = B.shape[-2:]
+    launch = choose(T, P, N, x.dtype, backward=True)
+    dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+    dA, dD = (x.new_empty(batch, H, dtype=torch.float32) for _ in range(2))
+    dB, dC = (t.new_empty(batch, T, H, N) for t in (B, C))
+    dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    x, dt, B, C, dy = (
+        with_dense_heads(x),
+        _dense_rows(dt),
+        with_dense_heads(B),
+        with_dense_heads(C),
+        with_dense_heads(dy),
+    )
+    with torch.cuda.device_of(x):
+        _ssd_backward_kernel[(batch * H,)](
+            x, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), borders, dy, dfinal,
+            dx, ddt, dA, dB, dC, dD, dinitial,
+            T, H, G, P, N, batch // A.shape[0], triton.cdiv(T, launch.chunk), *_steps(x, dt, B, C, dy),
+            L=launch.chunk, BP=power_of_two(P), BN=power_of_two(N), SKIP=D is not None, STATE=borders.numel() > 0,
+            INITIAL=initial, FINAL=dfinal is not None, num_warps=launch.num_warps, num_stages=1,
+        )  # fmt: skip
+    if G < H:
+        dB, dC = (t.view(batch, T, G, H // G, N).sum(3) for t in (dB, dC))
+    models = A.shape[0]
+    dA = dA.view(models, -1, H).sum(1).to(A.dtype)
+    dD = dD.new_empty(0) if D is None else dD.view(models, -1, H).sum(1).to(D.dtype)
+    return dx, ddt, dA, dB, dC, dD, dinitial
+
+
+@_backward.register_fake
+def _(x, dt, A, B, C, D, borders, dy, dfinal, initial):
+    batch, _, H, P = x.shape
+    dinitial = x.new_empty((batch, H, P, B.shape[-1]) if initial else (0,), dtype=_STATE)
+    dD = x.new_empty(0, dtype=torch.float32) if D is None else D.new_empty(D.shape)
+    return (*(t.new_empty(t.shape) for t in (x, dt, A, B, C)), dD, dinitial)
+
+
+def _dense_rows(dt: Tensor) -> Tensor:
+    return dt if dt.stride(-1) == 1 or dt.shape[-1] == 1 else dt.contiguous()
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, initial_state, final, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.initial, ctx.final = initial_state is not None, final
+
+
+def _autograd(ctx, dy, dfinal, _dborders):
+    *inputs, borders = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(inputs[0])
+    grads = _backward(*inputs, borders, dy, dfinal if ctx.final else None, ctx.initial)
+    dx, ddt, dA, dB, dC, dD, dinitial = grads
+    dD = None if inputs[5] is None else dD
+    return dx, ddt, dA, dB, dC, dD, dinitial if ctx.initial else None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_seeds(_forward)
+register_seeds(_backward)
+
+
+def ssd_triton(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As ``hybrid.kernels.ssd``; x, B and C in any of float32, bfloat16 and float16, sums in float32."""
+    check_dtypes("ssd", x, dt, A, B, C, *([] if D is None else [D]))
+    initial_state = None if initial_state is None else initial_state.float().contiguous()
+    # One set of decay rates and skips for the whole batch; stacked models (vmap) have several.
+    D = None if D is None else D[None]
+    y, state, _ = _forward(x, dt, A[None], B, C, D, initial_state, output_final_state, torch.is_grad_enabled())
+    return y, state if output_final_state else None

@@ -1,0 +1,53 @@
+"""Loads and stores of [rows, columns] tiles, shared by the Triton kernels.
+
+A tile's rows are steps of one sequence and head, ``stride`` elements apart; its columns are contiguous. What lies
+outside reads as zero and is not written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# exp of less than this is zero in float32. Log decays are raised to it, so that their sums stay small enough to keep
+# the digits of the others.
+LOWEST = tl.constexpr(-104.0)
+
+
+@triton.jit
+def load(pointer, first, start, stop, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows ``first`` to ``first + ROWS`` as far as they lie in [start, stop), in the dtype they are stored in."""
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = ((row >= start) & (row < stop))[:, None] & (column < width)[None, :]
+    return tl.load(pointer + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store(pointer, value, first, stop, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (row < stop)[:, None] & (column < width)[None, :]
+    value = value.to(pointer.dtype.element_ty)
+    tl.store(pointer + row.to(tl.int64)[:, None] * stride + column[None, :], value, mask=inside)
+
+
+def with_dense_heads(x: Tensor) -> Tensor:
+    """x [B,T,H,D] itself where the heads of a step lie side by side, as the kernels need it, else a copy."""
+    D = x.shape[-1]
+    dense = (x.stride(-1) == 1 or D == 1) and (x.stride(-2) == D or x.shape[-2] == 1)
+    return x if dense else x.contiguous()
+
+
+def power_of_two(size: int) -> int:
+    """The block size for ``size`` elements: a power of two, at least 16 (the smallest side of a tile product)."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def check_dtypes(op: str, *tensors: Tensor) -> None:
+    """Raises ``ValueError`` for inputs whose precision the kernels would lose, or that are no floating numbers."""
+    for x in tensors:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"the triton kernels of {op} take float32, bfloat16 or float16, got {x.dtype}")

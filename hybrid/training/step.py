@@ -1,0 +1,229 @@
+"""One optimiser step: parameter by parameter, or for a stack of models and as a CUDA graph.
+
+Steps of models this small are hundreds of kernels of a few microseconds; starting them one by one from Python takes
+ten times as long as running them. ``StackStep`` records a whole step once (batch, forward, backward, clipping,
+learning rate, update) and replays it with one call. ``PlainStep`` is what it is held against. Both do the same
+arithmetic on the same batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid.data import Corpus
+from hybrid.model import HybridLM, autocast
+from hybrid.schema import Config
+from hybrid.training.optimizer import GradientNorms, build_optimizer, part_norms, set_lr
+from hybrid.training.schedule import lr_factor
+from hybrid.training.stack import Stack
+
+WARM_UP = 3  # steps before recording: kernels are compiled and the optimiser's state is made
+TABLE = 256  # steps whose batches and learning rates are sent to the device at once
+
+
+class PlainStep:
+    """Runs the update with number ``step`` (from 1) on the batch of that number. One model."""
+
+    def __init__(self, cfg: Config, model: HybridLM, corpus: Corpus) -> None:
+        self.cfg, self.model, self.corpus = cfg, model, corpus
+        self.device = torch.device(cfg.trainer.device)
+        self.dtype = getattr(torch, cfg.trainer.dtype)
+        self.optimizer = build_optimizer(model, cfg.optim, fused=self.device.type == "cuda")
+        self.gradients = GradientNorms(model)
+        self.forward = torch.compile(model) if cfg.trainer.compile else model
+        self.pending: list[Tensor] = []
+
+    def run(self, step: int) -> None:
+        set_lr(self.optimizer, lr_factor(step - 1, self.cfg))
+        trainer = self.cfg.trainer
+        # One draw per step, then cut: how a step is split into micro-batches does not change what it sees.
+        batch = self.corpus.train_batch(self.cfg.seed_data, step - 1, trainer.batch_size * trainer.grad_accum)
+        inputs, targets = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in batch)
+        self.pending.append(self.update(inputs, targets))
+
+    def update(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """One optimiser step; the mean loss of its micro-batches, on the device."""
+        trainer = self.cfg.trainer
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for tokens, labels in zip(inputs.split(trainer.batch_size), targets.split(trainer.batch_size), strict=True):
+            with autocast(self.device, self.dtype):
+                logits = self.forward(tokens)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            (loss / trainer.grad_accum).backward()
+            total += loss.detach() / trainer.grad_accum
+        self.norms = self.gradients.clip(self.cfg.optim.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def losses(self) -> list[list[float]]:
+        """Of every member, the losses since the last call, in order; waits for the device."""
+        losses = torch.stack(self.pending).tolist() if self.pending else []
+        self.pending.clear()
+        return [losses]
+
+    def norms_by_part(self, member: int) -> dict[str, float]:
+        """Gradient norms of the last step before clipping, as the log shows them."""
+        return self.gradients.by_part(self.norms)
+
+    def peak_lrs(self) -> dict[str, float]:
+        return {group["name"]: group["peak_lr"] for group in self.optimizer.param_groups}
+
+    def optimizer_state(self, member: int) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_optimizer_state(self, member: int, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class StackStep:
+    """The same for a ``Stack``: all its members at once, each on its own batches, on CUDA as one graph.
+
+    The tokens of the training split are on the device; batches are gathered there.
+    """
+
+    def __init__(self, cfgs: list[Config], models: list[HybridLM], corpus: Corpus) -> None:
+        self.cfg, self.corpus = cfgs[0], corpus
+        self.seeds = [cfg.seed_data for cfg in cfgs]
+        trainer = self.cfg.trainer
+        self.device = torch.device(trainer.device)
+        self.dtype = getattr(torch, trainer.dtype)
+        self.stack = Stack(models, self.dtype, trainer.compile)
+        cuda = self.device.type == "cuda"
+        self.optimizer = self.stack.optimizer(self.cfg.optim, fused=cuda, capturable=cuda)
+        self.rows = trainer.batch_size * trainer.grad_accum
+        members = len(models)
+        self.tokens = torch.from_numpy(np.asarray(corpus.train, dtype=np.int32)).to(self.device)
+        self.window = torch.arange(self.cfg.data.seq_len + 1, device=self.device)
+        self.starts = torch.zeros(TABLE, members, self.rows, dtype=torch.int64, device=self.device)
+        self.factors = torch.zeros(TABLE, device=self.device)
+        self.recorded = torch.zeros(TABLE, members, device=self.device)  # losses
+        self.row = torch.zeros(1, dtype=torch.int64, device=self.device)  # of these tables, for the next step
+        self.first: int | None = None  # step of the tables' first row
+        self.last = 0
+        self.read = 0  # rows of ``recorded`` that have been read ...
+        self.kept: list[list[float]] = []  # ... and what they held, until somebody asks
+        self.done = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream = torch.cuda.Stream(self.device) if trainer.cuda_graph else None
+
+    def run(self, step: int) -> None:
+        if self.first is None:  # tensors, so that a recorded step can change them; a loaded checkpoint has numbers
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.tensor(float(group["peak_lr"]), device=self.device)
+        if self.first is None or step >= self.first + TABLE:
+            self._fill(step)
+        if self.stream is None:
+            self._whole()
+        elif self.done < WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                self._whole()
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        else:
+            if self.graph is None:
+                self._record()
+            self.graph.replay()
+        self.done += 1
+        self.last = step
+
+    def _record(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self._whole()
+
+    def _whole(self) -> None:
+        starts = self.starts.index_select(0, self.row).squeeze(0)
+        windows = self.tokens[starts.unsqueeze(-1) + self.window].long()  # [members, rows, T + 1]
+        factor = self.factors.index_select(0, self.row).squeeze(0)
+        for group in self.optimizer.param_groups:
+            group["lr"].copy_(factor * group["peak_lr"])
+        losses = self.update(windows[..., :-1].contiguous(), windows[..., 1:].contiguous())
+        self.recorded.index_copy_(0, self.row, losses.unsqueeze(0))
+        self.row += 1
+
+    def update(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """One optimiser step on [members, rows, T]; the mean loss of every member's micro-batches."""
+        trainer, members = self.cfg.trainer, self.stack.members
+        for model in self.stack.models:
+            model.train()
+        self.optimizer.zero_grad(set_to_none=True)  # here, so that the log can read them after the step
+        total = torch.zeros(members, device=self.device)
+        size = trainer.batch_size
+        for tokens, labels in zip(inputs.split(size, dim=1), targets.split(size, dim=1), strict=True):
+            with autocast(self.device, self.dtype):
+                logits = self.stack.forward(tokens)
+            losses = F.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), reduction="none")
+            losses = losses.view(members, -1).mean(dim=1)
+            (losses.sum() / trainer.grad_accum).backward()
+            total += losses.detach() / trainer.grad_accum
+        self.stack.clip(self.cfg.optim.grad_clip)
+        self.optimizer.step()
+        return total
+
+    def _fill(self, step: int) -> None:
+        """Send the batches and learning rates of the steps from ``step`` on."""
+        self._read()  # before the losses are overwritten
+        numbers = range(step - 1, step - 1 + TABLE)
+        starts = [[self.corpus.train_starts(seed, index, self.rows) for seed in self.seeds] for index in numbers]
+        self.starts.copy_(torch.from_numpy(np.array(starts)))
+        self.factors.copy_(torch.tensor([lr_factor(index, self.cfg) for index in numbers]))
+        self.row.zero_()
+        self.first, self.read = step, 0
+
+    def _read(self) -> None:
+        if self.first is not None:
+            upto = self.last - self.first + 1
+            self.kept += self.recorded[self.read : upto].tolist()
+            self.read = max(self.read, upto)
+
+    def losses(self) -> list[list[float]]:
+        """Of every member, the losses since the last call, in order; waits for the device."""
+        self._read()
+        found = [list(member) for member in zip(*self.kept, strict=True)] or [[] for _ in self.seeds]
+        self.kept = []
+        return found
+
+    def norms_by_part(self, member: int) -> dict[str, float]:
+        """Gradient norms of the last step before clipping, as the log shows them."""
+        return part_norms(self.stack.names, self.stack.norms(member))
+
+    def peak_lrs(self) -> dict[str, float]:
+        return {group["name"]: group["peak_lr"] for group in self.optimizer.param_groups}
+
+    def optimizer_state(self, member: int) -> dict[str, Any]:
+        """As a stack of this member alone would have it."""
+        whole = self.optimizer.state_dict()
+        state = {
+            # A copy: what is saved of a view is all that it looks into.
+            i: {key: value[member : member + 1].clone() if value.ndim else value for key, value in leaf.items()}
+            for i, leaf in whole["state"].items()
+        }
+        groups = [{**group, "lr": group["peak_lr"]} for group in whole["param_groups"]]
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer_state(self, member: int, state: dict[str, Any]) -> None:
+        for i, group in enumerate(self.optimizer.param_groups):
+            leaf = group["params"][0]
+            mine = self.optimizer.state[leaf]
+            for key, value in state["state"][i].items():
+                if not value.ndim:
+                    mine[key] = value.to(self.device if group["capturable"] or group["fused"] else "cpu")
+                else:
+                    if key not in mine:
+                        mine[key] = torch.zeros_like(leaf)
+                    mine[key][member] = value[0].to(self.device)
+
+
+def build_step(cfgs: list[Config], models: list[HybridLM], corpus: Corpus) -> PlainStep | StackStep:
+    """The step for one run or for several that differ by their seeds."""
+    if len(models) == 1 and not cfgs[0].trainer.cuda_graph:
+        return PlainStep(cfgs[0], models[0], corpus)
+    return StackStep(cfgs, models, corpus)

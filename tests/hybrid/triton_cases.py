@@ -1,0 +1,239 @@
+"""The fused Triton kernels on a CPU, in Triton's interpreter; ``test_triton_interpreted.py`` runs this file.
+
+The interpreter computes every product in the operands' full precision and cuts bfloat16 off instead of rounding it,
+so low precision is tried with float16 here; the GPU tests in ``test_kernels.py`` have bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 has to be set before Triton is imported"
+
+from hybrid import kernels  # noqa: E402
+from hybrid.kernels import ssd_triton, wkv6_triton  # noqa: E402
+from tests.hybrid.recurrences import ssd_reference, wkv6_reference  # noqa: E402
+from tests.hybrid.test_kernels import compare, relative_error, ssd_inputs, wkv6_inputs  # noqa: E402
+
+# As in test_kernels: B, T, H, K, V, decay range, initial state
+WKV6 = {
+    "one step": (2, 1, 2, 16, 32, (-1.0, -0.01), True),
+    "several programs a sequence": (1, 150, 1, 16, 16, (-0.1, -0.001), True),
+    "head sizes 20 and 40": (2, 37, 1, 20, 40, (-2.0, -0.001), True),
+    "channels in two programs": (1, 21, 1, 40, 16, (-1.0, -0.01), True),
+    "no decay, no state": (1, 33, 1, 16, 16, (0.0, 0.0), False),
+    "extreme": (1, 70, 1, 16, 16, (-20.0, 0.0), True),
+    "all e^-20": (1, 40, 1, 16, 16, (-20.0, -20.0), True),
+}
+# batch, T, H, P, G, N, dt range, A range, D, initial state
+SSD = {
+    "one step": (2, 1, 2, 16, 1, 32, (0.001, 0.1), (1, 16), True, True),
+    "one chunk": (2, 50, 2, 16, 1, 16, (0.001, 0.1), (1, 16), True, False),
+    "head sizes 20 and 24, groups": (1, 77, 4, 20, 2, 24, (0.001, 0.1), (1, 16), True, True),
+    "no skip": (1, 70, 2, 16, 1, 16, (0.001, 0.1), (1, 16), False, False),
+    "no decay": (1, 100, 1, 16, 1, 16, (0.001, 0.1), (1e-9, 1e-9), True, True),
+    "extreme": (1, 70, 2, 16, 1, 16, (1e-4, 1.25), (0.01, 16), True, True),
+    "all e^-20": (1, 40, 2, 16, 1, 16, (1.25, 1.25), (16, 16), True, True),
+}
+SMALL = {
+    "wkv6": (2, 19, 2, 16, 16, (-1.0, -0.1), True),
+    "ssd": (2, 19, 2, 16, 2, 16, (0.01, 0.1), (1, 16), True, True),
+}
+OPS = {
+    "wkv6": (kernels.wkv6, wkv6_reference, wkv6_inputs, WKV6, {"r", "k", "v"}),
+    "ssd": (kernels.ssd, ssd_reference, ssd_inputs, SSD, {"x", "B", "C"}),
+}
+TOLERANCE = {"float32": 3e-6, "float16": 1e-3}  # float32: below 1e-6 was seen
+EXTREME = 2e-5  # float32 where sums of decays take digits from one another: 4e-6 was seen
+RUNS = [(op, case, "float32") for op in OPS for case in OPS[op][3]]
+RUNS += [("wkv6", "head sizes 20 and 40", "float16"), ("ssd", "head sizes 20 and 24, groups", "float16")]
+
+
+def fused(op: str) -> Callable:
+    function = OPS[op][0]
+    return lambda **inputs: function(**inputs, backend="triton")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("op, case, dtype", RUNS)
+def test_against_the_reference(op: str, case: str, dtype: str) -> None:
+    _, reference, make, cases, low = OPS[op]
+    inputs = make(cases[case], torch.Generator().manual_seed(0))
+    errors, _ = compare(fused(op), reference, inputs, "cpu", dtype, low)
+    print(f"{op} [{case}] {dtype}: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+    strong = case in ("extreme", "all e^-20") and dtype == "float32"
+    too_large = {name: e for name, e in errors.items() if not e <= (EXTREME if strong else TOLERANCE[dtype])}
+    assert not too_large
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_step_that_forgets_all(op: str) -> None:
+    """A decay beyond float32's range takes no digits from the decays beside it."""
+    _, reference, make, _, low = OPS[op]
+    case = (
+        (1, 40, 1, 16, 16, (-0.2, -0.1), True)
+        if op == "wkv6"
+        else (1, 40, 1, 16, 1, 16, (0.1, 0.2), (1, 1), True, True)
+    )
+    inputs = make(case, torch.Generator().manual_seed(9))
+    inputs["w" if op == "wkv6" else "dt"][:, 5] *= 1e13
+    errors, exact = compare(fused(op), reference, inputs, "cpu", "float32", low)
+    assert max(errors.values()) <= EXTREME, errors
+    if op == "wkv6":
+        inputs = {name: x.float().requires_grad_() for name, x in inputs.items()}
+        sum(x.sum() for x in fused(op)(**inputs)).backward()
+        assert not exact["w"].grad[:, 5].any() and not inputs["w"].grad[:, 5].any()
+
+
+def test_one_program_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sharing a sequence out over programs changes nothing but rounding."""
+    inputs = wkv6_inputs((1, 150, 1, 16, 16, (-0.3, -0.001), True), torch.Generator().manual_seed(3))
+    launch = wkv6_triton.choose(1, 150, 1, 16, 16, backward=False)
+    assert launch.chunks_per_program < 10  # else the other tests have one program as well
+    whole = dataclasses.replace(launch, chunks_per_program=10)
+    monkeypatch.setattr(wkv6_triton, "choose", lambda *_, **__: whole)
+    errors, _ = compare(fused("wkv6"), wkv6_reference, inputs, "cpu", "float32", {"r", "k", "v"})
+    assert max(errors.values()) <= TOLERANCE["float32"], errors
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_of_the_outputs_alone(op: str) -> None:
+    """Gradients where only the output, only the state, or no state at all is used."""
+    _, reference, make, cases, _ = OPS[op]
+    case = (1, 19, 1, *cases["one step"][3:])
+    inputs = make(case, torch.Generator().manual_seed(4))
+    for index, with_state in ((0, True), (1, True), (0, False)):
+        given = {
+            name: x.float().requires_grad_() for name, x in inputs.items() if with_state or name != "initial_state"
+        }
+        exact = {name: x.detach().double().requires_grad_() for name, x in given.items()}
+        out = OPS[op][0](**given, backend="triton", output_final_state=with_state)
+        assert with_state or out[1] is None
+        expected = reference(**exact)[index]
+        weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        (out[index].double() * weights).sum().backward()
+        (expected * weights).sum().backward()
+        for name, x in given.items():
+            if exact[name].grad is None or not exact[name].grad.any():
+                assert x.grad is None or not x.grad.any(), name
+            else:
+                assert relative_error(x.grad, exact[name].grad) <= TOLERANCE["float32"], name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_views_are_read_as_they_are(op: str) -> None:
+    """Inputs that are slices of one wider tensor, and heads that are not side by side."""
+    _, _, make, _, _ = OPS[op]
+    case = SMALL[op]
+    inputs = {name: x.float() for name, x in make(case, torch.Generator().manual_seed(6)).items()}
+    expected = fused(op)(**inputs)
+    views = dict(inputs)
+    for name, x in inputs.items():
+        if x.dim() == 4 and name != "initial_state":
+            wide = torch.full((*x.shape[:2], x.shape[2] + 3, x.shape[3]), torch.nan)
+            wide[:, :, 1:-2] = x
+            views[name] = wide[:, :, 1:-2]
+    apart = {name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() >= 3 else x for name, x in inputs.items()}
+    for given in (views, apart):
+        assert any(not x.is_contiguous() for x in given.values())
+        for actual, wanted in zip(fused(op)(**given), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+def stacked(op: str, models: int) -> tuple[dict[str, torch.Tensor], dict[str, int | None]]:
+    """Inputs of several models, one of them shared by all, one with the models not in front."""
+    B, _, H, *rest = SMALL[op]
+    sets = [OPS[op][2]((B, 5, H, *rest), torch.Generator().manual_seed(seed)) for seed in range(models)]
+    shared, moved = ("k", "v") if op == "wkv6" else ("B", "x")
+    inputs, dims = {}, {}
+    for name in sets[0]:
+        dims[name] = None if name == shared else 1 if name == moved else 0
+        x = sets[0][name] if name == shared else torch.stack([s[name] for s in sets], dim=dims[name])
+        inputs[name] = x.float()
+    return inputs, dims
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_is_a_loop(op: str) -> None:
+    inputs, dims = stacked(op, 2)
+    names = list(inputs)
+
+    def loss(*values: torch.Tensor) -> torch.Tensor:
+        out, state = fused(op)(**dict(zip(names, values, strict=True)))
+        return (out.square().sum() + state.sin().sum()) / 100
+
+    def pick(m: int) -> list[torch.Tensor]:
+        return [x if dims[name] is None else x.select(dims[name], m) for name, x in inputs.items()]
+
+    leaves = [x.clone().requires_grad_() for x in inputs.values()]
+    losses = torch.vmap(loss, in_dims=tuple(dims.values()))(*leaves)
+    # Two sums of the models' losses at once: the backward operator is mapped as well.
+    weights = torch.tensor([[1.0, 1.0], [0.5, -1.0]])
+    together = torch.autograd.grad(losses, leaves, weights, is_grads_batched=True)
+    again = [x.clone().requires_grad_() for x in inputs.values()]
+    named = list(zip(names, again, strict=True))
+    picked = [[x if dims[name] is None else x.select(dims[name], m) for name, x in named] for m in (0, 1)]
+    alone = torch.stack([loss(*values) for values in picked])
+    torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-6)
+    for row, weight in enumerate(weights):
+        expected = torch.autograd.grad(alone, again, weight, retain_graph=True)
+        for name, actual, wanted in zip(names, together, expected, strict=True):
+            assert wanted.any()
+            torch.testing.assert_close(actual[row], wanted, rtol=1e-5, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_of_vmap(op: str) -> None:
+    inputs, dims = stacked(op, 2)
+    names, order = list(inputs), tuple(dims.values())
+    function = lambda *values: fused(op)(**dict(zip(names, values, strict=True)))  # noqa: E731
+    pairs = [torch.stack((x, x * 0.9)) for x in inputs.values()]
+    both = torch.vmap(torch.vmap(function, in_dims=order))(*pairs)
+    for index in range(2):
+        once = torch.vmap(function, in_dims=order)(*(x[index] for x in pairs))
+        for actual, wanted in zip(both, once, strict=True):
+            torch.testing.assert_close(actual[index], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_operators_keep_their_promises(op: str) -> None:
+    """PyTorch's own check of schema, shapes without data, and gradients, which compilation relies on."""
+    made = OPS[op][2]((1, 3, *SMALL[op][2:]), torch.Generator().manual_seed(8))
+    inputs = {name: x.float().requires_grad_() for name, x in made.items()}
+    inputs |= {name: inputs[name].detach()[None].requires_grad_() for name in ("u", "A", "D") if name in inputs}
+    module = wkv6_triton if op == "wkv6" else ssd_triton
+    for final, state in ((True, True), (False, False)):
+        args = [x if state or name != "initial_state" else None for name, x in inputs.items()]
+        torch.library.opcheck(module._forward, (*args, final, True))
+    detached = {name: x.detach() for name, x in inputs.items()}
+    initial = detached.pop("initial_state")
+    out, last, borders = module._forward(*detached.values(), initial, True, True)
+    named = detached | {"borders": borders, "initial": True}
+    named |= {"do": torch.ones_like(out), "dfinal": last, "dy": torch.ones_like(out)}
+    order = [name for name in inspect.signature(module._backward._init_fn).parameters]
+    torch.library.opcheck(
+        module._backward, [named[name] for name in order], test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_what_the_kernels_cannot_hold_is_refused() -> None:
+    r, x = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 128)
+    with pytest.raises(ValueError, match="wkv6 are too large for its triton kernels; use torch or fla"):
+        kernels.wkv6(r, r, torch.zeros(1, 4, 2, 300), r, torch.zeros(2, 8), backend="triton")
+    with pytest.raises(ValueError, match="ssd are too large for its triton kernels; use torch or mamba_ssm"):
+        B = torch.zeros(1, 4, 1, 200)
+        kernels.ssd(x, torch.ones(1, 4, 2), -torch.ones(2), B, B, backend="triton")
+    with pytest.raises(ValueError, match=r"wkv6 take float32, bfloat16 or float16, got torch\.float64"):
+        kernels.wkv6(r.double(), r, r, r, torch.zeros(2, 8), backend="triton")
+    with pytest.raises(kernels.BackendError, match="need a CUDA device"):
+        kernels.wkv6(r, r, r, r, torch.zeros(2, 8), backend="triton+fla")

@@ -1,0 +1,120 @@
+"""Sweeps whose runs train as one where they differ by nothing but their seeds: the same records, whatever happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid.run import PlannedRun
+from sweeps.grouping import group_by_seeds, group_overrides
+from tests.runs import Setting, cli, results, rows, strict_json
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOGETHER = "trainer.seeds_together=3"
+ARMS = ["fusion=gain,gated", "seed_init=0,1,2", "seed_data=0", "sweep.name=s"]
+
+
+def records(root: Path) -> dict[str, dict[str, Any]]:
+    return {path.parent.name: strict_json(path.read_text()) for path in sorted(root.glob("*/summary.json"))}
+
+
+def plans(small: Setting, *each: tuple[str, ...]) -> list[PlannedRun]:
+    return [small.plan("variant=x", *overrides) for overrides in each]
+
+
+def test_runs_that_differ_by_seeds_are_grouped(small: Setting) -> None:
+    runs = plans(
+        small,
+        ("fusion=gain", "seed_init=0", TOGETHER),
+        ("fusion=gated", "seed_init=0", TOGETHER),
+        ("fusion=gain", "seed_init=1", "seed_data=1", TOGETHER),
+        ("fusion=gain", "seed_init=2", TOGETHER),
+        ("fusion=gain", "seed_init=3", TOGETHER),
+        ("fusion=gain", "seed_init=0", "optim.lr=0.5", TOGETHER),
+    )
+    assert group_by_seeds(runs, list(range(6))) == [[0, 2, 3], [4], [1], [5]]
+    assert group_by_seeds(runs, [1, 4, 2]) == [[1], [4, 2]]
+    alone = plans(small, ("seed_init=0",), ("seed_init=1",))
+    assert group_by_seeds(alone, [0, 1]) == [[0], [1]]  # on the CPU one by one unless asked
+
+
+def test_the_overrides_of_a_group(small: Setting) -> None:
+    runs = plans(small, ("seed_init=4",), ("seed_init=5", "seed_data=6"))
+    lines = ["fusion=gain", "seed_init=4", "seed_data=0"]
+    assert group_overrides(lines, runs) == ["fusion=gain", "+sweep.together=[[4,0],[5,6]]"]
+    assert group_overrides(lines, runs[:1]) == lines
+
+
+def test_a_sweep_together_has_the_records_of_one_by_one(small: Setting) -> None:
+    answer = cli(small.with_(*ARMS, TOGETHER), "-m")
+    assert (answer.code, answer.err) == (0, "") and "6 of 6 runs have a record" in answer.out
+    assert "run 1/6 gain seed 0: step 12/12" in answer.out and "run 6/6 gated seed 2: step 12/12" in answer.out
+    found = records(small.out / "s")
+    alone = cli(small.with_(*ARMS, f"out={small.out}/alone"), "-m")
+    assert alone.code == 0
+    expected = records(small.out / "alone" / "s")
+    assert found.keys() == expected.keys() and len(found) == 6  # the same identities
+    for name, record in found.items():
+        assert record["environment"]["members"] == 3 and expected[name]["environment"]["members"] == 1
+        assert set(record["overrides"]) - {TOGETHER} == {
+            line for line in expected[name]["overrides"] if not line.startswith("out=")
+        } | {f"out={small.out}"}
+        ours, theirs = results(record), results(expected[name])
+        for key, value in theirs.items():
+            assert ours[key] == (pytest.approx(value, rel=2e-3) if isinstance(value, float) else value), key
+        assert [row["step"] for row in rows(small.out / "s" / name)] == [
+            row["step"] for row in rows(small.out / "alone" / "s" / name)
+        ]
+    again = cli(small.with_(*ARMS), "-m")
+    assert "6 already done" in again.out
+
+
+def test_what_is_missing_is_trained_together(small: Setting) -> None:
+    assert cli(small.with_("fusion=gain", "seed_init=1", "seed_data=0", "sweep.name=s"), "-m").code == 0
+    answer = cli(small.with_("fusion=gain", "seed_init=0,1,2", "seed_data=0", "sweep.name=s", TOGETHER), "-m")
+    assert answer.code == 0 and "1 already done" in answer.out
+    members = {record["seed_init"]: record["environment"]["members"] for record in records(small.out / "s").values()}
+    assert members == {0: 2, 1: 1, 2: 2}
+
+
+def test_what_fails_together_is_tried_alone(small: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybrid.training.loop import Trainer
+
+    original = Trainer._update
+
+    def update(self: Trainer, step: int) -> None:
+        if step == 5 and any(member.cfg.seed_init == 1 for member in self.members):
+            raise RuntimeError("out of luck")
+        original(self, step)
+
+    monkeypatch.setattr(Trainer, "_update", update)
+    answer = cli(small.with_("fusion=gain", "seed_init=0,1,2", "sweep.name=s", TOGETHER), "-m")
+    assert answer.code == 1 and "1 of 3 runs failed" in answer.err
+    status = {record["seed_init"]: record["status"] for record in records(small.out / "s").values()}
+    assert status == {0: "completed", 1: "failed", 2: "completed"}
+
+
+def test_an_interrupted_group_goes_on(small: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybrid.training.loop import Trainer
+
+    command = small.with_("fusion=gain", "seed_init=0,1", "sweep.name=s", TOGETHER)
+    original = Trainer._update
+
+    def update(self: Trainer, step: int) -> None:
+        if step == 8:
+            raise KeyboardInterrupt
+        original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", update)
+        assert cli(command, "-m").code == 130
+    assert not records(small.out / "s")
+    answer = cli(command, "-m")
+    assert answer.code == 0 and answer.out.count("resumes after step 6") == 2
+    whole = cli([*command, f"out={small.out}/whole"], "-m")
+    assert whole.code == 0
+    for name, record in records(small.out / "s").items():
+        assert results(record) == results(records(small.out / "whole" / "s")[name])
