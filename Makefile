@@ -22,10 +22,11 @@ sweep: setup
 	@$(BIN)/python -m hybrid.train -m sweep=smoke out=$(OUT); status=$$?; \
 	$(BIN)/python -m analysis.report $(OUT)/smoke && exit $$status
 
+# Files of tests side by side, one thread each: the tests start many small processes of their own.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check --fix .
