@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 
 from hybrid.config import ConfigError
@@ -52,3 +55,14 @@ def gpu_id(device: torch.device) -> str:
     """The UUID by which NVML and nvidia-smi know a CUDA device."""
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """A clock in seconds that first waits for what the device has been given to do."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock

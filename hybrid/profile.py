@@ -72,7 +72,7 @@ def profile(cfgs: list[Config], options: argparse.Namespace) -> None:
 
     from hybrid import build_model
     from hybrid.bench.regions import WHOLE, analyse
-    from hybrid.device import resolve_device
+    from hybrid.device import clock_of, resolve_device
     from hybrid.files import write_text_atomically
     from hybrid.records import environment
     from hybrid.run import check_data
@@ -87,11 +87,7 @@ def profile(cfgs: list[Config], options: argparse.Namespace) -> None:
     cuda = device.type == "cuda"
     torch.set_num_threads(trainer.cpu_threads)
 
-    def clock() -> float:
-        if cuda:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
+    clock = clock_of(device)
     stem = f"{cfgs[0].model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     trace_path = options.out / f"{stem}.trace.json"
     with contextlib.nullcontext() if cuda or trainer.compile else marked():

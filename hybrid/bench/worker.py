@@ -20,7 +20,7 @@ from hybrid.bench.configure import configuration
 from hybrid.bench.document import cpu_name
 from hybrid.bench.floor import necessary_bytes
 from hybrid.bench.task import Row, Task, one_line
-from hybrid.device import gpu_id, resolve_device
+from hybrid.device import clock_of, gpu_id, resolve_device
 from hybrid.memory import process_peak, reset_process_peak
 from hybrid.monitor import ask_smi, read_once
 from hybrid.run import check_data
@@ -49,11 +49,7 @@ def measure(task: Task, begun: float) -> Row:
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, task.memory_limit / whole), device.index or 0)
 
-    def clock() -> float:
-        if cuda:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
+    clock = clock_of(device)
     gc.collect()
     reset_process_peak()
     before = process_peak()

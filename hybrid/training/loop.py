@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from hybrid.device import gpu_id
+from hybrid.device import clock_of, gpu_id
 from hybrid.memory import process_peak, reset_process_peak
 from hybrid.monitor import GpuMonitor
 from hybrid.records import environment
 from hybrid.training import checkpoint
 from hybrid.training.evaluation import evaluate
 from hybrid.training.member import Member
+from hybrid.training.optimizer import peak_lrs
 from hybrid.training.step import build_step
 
 
@@ -123,7 +124,9 @@ class Trainer:
                         ended_at[k] = step
                         if log or member.status is not None:
                             memory = self._memory()
-                            member.log(step, losses[k][-1], self.step.norms_by_part(k), self.step.peak_lrs(), memory)
+                            member.log(
+                                step, losses[k][-1], self.step.norms_by_part(k), peak_lrs(self.step.optimizer), memory
+                            )
                     if due:
                         for _, member in self.running:
                             member.validate(step, member.last_speed or 0.0)
@@ -160,11 +163,7 @@ class Trainer:
     def estimate(self, steps: int) -> float:
         """Seconds for the whole run, measured on ``steps`` updates after a first and on one batch of validation."""
 
-        def clock() -> float:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            return time.monotonic()
-
+        clock = clock_of(self.device)
         self._update(1)
         begun = clock()
         for step in range(2, steps + 2):

@@ -36,15 +36,27 @@ def decays(parameter: Tensor) -> bool:
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig, fused: bool = False) -> torch.optim.AdamW:
     """AdamW with a group for every (part, decay); each group knows its ``name`` and ``peak_lr``."""
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        key = (group_of(name), decays(parameter))
-        if key not in groups:
-            peak = cfg.lr * lr_multiplier(cfg, key[0])
-            decay = cfg.weight_decay if key[1] else 0.0
-            groups[key] = {"params": [], "name": key[0], "lr": peak, "peak_lr": peak, "weight_decay": decay}
-        groups[key]["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), betas=tuple(cfg.betas), eps=cfg.eps, fused=fused)
+        groups.setdefault((group_of(name), decays(parameter)), []).append(parameter)
+    return adamw([(part, decay, parameters) for (part, decay), parameters in groups.items()], cfg, fused=fused)
+
+
+def adamw(groups: list[tuple[str, bool, list[nn.Parameter]]], cfg: OptimConfig, **options: Any) -> torch.optim.AdamW:
+    """AdamW for groups of (part of the model, whether its weights decay, parameters)."""
+    described = []
+    for part, decay, parameters in groups:
+        peak = cfg.lr * lr_multiplier(cfg, part)
+        weight_decay = cfg.weight_decay if decay else 0.0
+        described.append(
+            {"params": parameters, "name": part, "lr": peak, "peak_lr": peak, "weight_decay": weight_decay}
+        )
+    return torch.optim.AdamW(described, betas=tuple(cfg.betas), eps=cfg.eps, **options)
+
+
+def peak_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rate of every part at its peak."""
+    return {group["name"]: group["peak_lr"] for group in optimizer.param_groups}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

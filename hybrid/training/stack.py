@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from hybrid.model import HybridLM
 from hybrid.schema import OptimConfig
-from hybrid.training.optimizer import decays, group_of, lr_multiplier
+from hybrid.training.optimizer import adamw, decays, group_of
 
 # Every shape of block that a process trains is a compilation of its own of ``run_block``; the default allows 8.
 torch._dynamo.config.recompile_limit = max(1024, torch._dynamo.config.recompile_limit)
@@ -106,14 +106,7 @@ class Stack:
         return torch.einsum("mbtd,mvd->mbtv", x, values["embedding.weight"])
 
     def optimizer(self, cfg: OptimConfig, **options: Any) -> torch.optim.AdamW:
-        groups = []
-        for leaf in self.leaves:
-            peak = cfg.lr * lr_multiplier(cfg, leaf.part)
-            decay = cfg.weight_decay if leaf.decay else 0.0
-            groups.append(
-                {"params": [leaf.values], "name": leaf.part, "lr": peak, "peak_lr": peak, "weight_decay": decay}
-            )
-        return torch.optim.AdamW(groups, betas=tuple(cfg.betas), eps=cfg.eps, **options)
+        return adamw([(leaf.part, leaf.decay, [leaf.values]) for leaf in self.leaves], cfg, **options)
 
     def clip(self, max_norm: float) -> None:
         """Scale each member's gradients so that their total norm is at most ``max_norm`` (0: leave them)."""

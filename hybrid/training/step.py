@@ -72,9 +72,6 @@ class PlainStep:
         """Gradient norms of the last step before clipping, as the log shows them."""
         return self.gradients.by_part(self.norms)
 
-    def peak_lrs(self) -> dict[str, float]:
-        return {group["name"]: group["peak_lr"] for group in self.optimizer.param_groups}
-
     def optimizer_state(self, member: int) -> dict[str, Any]:
         return self.optimizer.state_dict()
 
@@ -194,9 +191,6 @@ class StackStep:
     def norms_by_part(self, member: int) -> dict[str, float]:
         """Gradient norms of the last step before clipping, as the log shows them."""
         return part_norms(self.stack.names, self.stack.norms(member))
-
-    def peak_lrs(self) -> dict[str, float]:
-        return {group["name"]: group["peak_lr"] for group in self.optimizer.param_groups}
 
     def optimizer_state(self, member: int) -> dict[str, Any]:
         """As a stack of this member alone would have it."""

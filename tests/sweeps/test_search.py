@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.processes import holder, metrics_steps
 from tests.runs import Answer, Setting, cli, finish, results, rows, snapshot, start, strict_json, wait_for
-from tests.sweeps.test_launchers import holder, metrics_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
