@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class Mamba2(fla_mamba2.Mamba2):
             backend="triton",  # of FLA's own forward, which is not used here
         )
         self.kernel_backend = kernels.ssd
+        self.observer: Callable[[dict[str, Tensor]], None] | None = None  # called with the recurrence's inputs
 
     def initial_state(self, batch: int) -> BranchState:
         """The last inputs of the convolution [B,kernel-1,conv_dim] and the recurrent state [B,H,P,N], all zero."""
@@ -67,13 +69,18 @@ class Mamba2(fla_mamba2.Mamba2):
             )
         )
 
+        inputs = {
+            "x": channels.view(B, T, self.num_heads, self.head_dim),
+            "dt": F.softplus(dt.float() + self.dt_bias),
+            "A": -torch.exp(self.A_log.float()),
+            "B": Bs.view(B, T, self.n_groups, self.ssm_state_size),
+            "C": Cs.view(B, T, self.n_groups, self.ssm_state_size),
+            "D": self.D,
+        }
+        if self.observer is not None:
+            self.observer(inputs)
         y, ssm = ssd(
-            channels.view(B, T, self.num_heads, self.head_dim),
-            F.softplus(dt.float() + self.dt_bias),
-            -torch.exp(self.A_log.float()),
-            Bs.view(B, T, self.n_groups, self.ssm_state_size),
-            Cs.view(B, T, self.n_groups, self.ssm_state_size),
-            self.D,
+            **inputs,
             initial_state=None if state is None else state["ssm"],
             backend=self.kernel_backend,
             output_final_state=state is not None,

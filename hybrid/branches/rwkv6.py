@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ class RWKV6(RWKV6Attention):
         for parameter in (self.x_bias, self.bonus, *(layer.weight for layer in pairs)):
             parameter._no_weight_decay = True
         self.backend = kernels.wkv6
+        self.observer: Callable[[dict[str, Tensor]], None] | None = None  # called with the recurrence's inputs
 
     def initial_state(self, batch: int) -> BranchState:
         """The last input (for the token shift) [B,d] and the recurrent state [B,H,K,V], all zero."""
@@ -69,6 +71,8 @@ class RWKV6(RWKV6Attention):
         # exp(-exp(30)) is zero in any precision; beyond, the log decay would overflow and its differences be NaN.
         w = -torch.exp(self.w_proj.linear(xw).float().clamp(max=30.0)).view(B, T, self.num_heads, self.head_k_dim)
 
+        if self.observer is not None:
+            self.observer({"r": r, "k": k, "v": v, "w": w, "u": self.bonus})
         o, wkv = wkv6(
             r, k, v, w, self.bonus,
             initial_state=None if state is None else state["wkv"],

@@ -108,6 +108,7 @@ class Trainer:
         with Stop() as stop:
             if not resumed:
                 for member in self.members:
+                    member.introduce(self.environment)
                     member.validate(0)
             clock, clock_step = time.monotonic(), start
             for step in range(start + 1, trainer.max_steps + 1):
@@ -127,9 +128,10 @@ class Trainer:
                             member.log(
                                 step, losses[k][-1], self.step.norms_by_part(k), peak_lrs(self.step.optimizer), memory
                             )
-                    if due:
-                        for _, member in self.running:
+                    for k, member in self.running:
+                        if due or member.wants_to_stop is not None:
                             member.validate(step, member.last_speed or 0.0)
+                        self.step.scale_lr(k, member.state["lr_scale"])
                     if save:
                         for k, member in self.running:
                             member.save(step, self.step.optimizer_state(k))
@@ -154,7 +156,8 @@ class Trainer:
             load_optimizer = functools.partial(self.step.load_optimizer_state, k)
             saved = checkpoint.load_newest(member.folder.checkpoints, member.model, load_optimizer)
             if saved is not None:
-                member.state = saved[1]
+                member.restore(saved[1])
+                self.step.scale_lr(k, member.state["lr_scale"])
             found.append(None if saved is None else saved[0])
         if len(set(found)) > 1:
             raise ValueError(f"runs at different steps cannot go on together: {found}")

@@ -20,6 +20,7 @@ from hybrid.training import checkpoint
 from hybrid.training.board import Board
 from hybrid.training.evaluation import Evaluation, Evaluator
 from hybrid.training.schedule import lr_factor
+from hybrid.training.watching import Action, Watcher, build_watchers
 
 RATIO_WINDOW = 10  # logged steps behind the summary's gradient ratio
 
@@ -45,6 +46,8 @@ class Member:
             self.model, corpus, cfg.trainer.eval_batch_size, self.device, getattr(torch, cfg.trainer.dtype),
             graph=cfg.trainer.cuda_graph,
         )  # fmt: skip
+        self.watchers: list[Watcher] = build_watchers(cfg)
+        self.wants_to_stop: str | None = None  # a watcher's reason; acted upon after an evaluation
         self.board: Board | None = None
         self.status: str | None = None
         self.reason: str | None = None
@@ -64,7 +67,15 @@ class Member:
             "timed_seconds": 0.0,  # of the intervals between two logs but the first, which warms up and compiles
             "timed_steps": 0,
             "wall_seconds": 0.0,
+            "lr_scale": 1.0,  # of the schedule's learning rate, lowered by watchers
+            "watchers": {watcher.name: watcher.state for watcher in self.watchers},
         }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint carries."""
+        self.state = state
+        for watcher in self.watchers:
+            watcher.state = state["watchers"][watcher.name]
 
     @property
     def tokens_per_step(self) -> int:
@@ -80,6 +91,23 @@ class Member:
         if self.cfg.trainer.tensorboard:
             self.board = Board(self.folder.path / "tensorboard", start + 1 if resumed else 0)
         self.begun = time.monotonic() - self.state["wall_seconds"]
+
+    def introduce(self, environment: dict[str, Any]) -> None:
+        """Tell the watchers of a run at its start what it runs on."""
+        for watcher in self.watchers:
+            self.act(watcher, watcher.begin(environment))
+
+    def act(self, watcher: Watcher, action: Action | None) -> None:
+        """Say what a watcher found, and do what it asks for; a run stops at the next evaluation, which is made."""
+        for line in watcher.news():
+            self.progress.message(line)
+        if action is None:
+            return
+        if action.lr_factor is None:
+            self.wants_to_stop = self.wants_to_stop or action.reason
+        else:
+            self.state["lr_scale"] *= action.lr_factor
+            self.progress.message(f"learning rate x{action.lr_factor:g}: {action.reason}")
 
     def close(self) -> None:
         if self.board is not None:
@@ -139,13 +167,15 @@ class Member:
             reason = self.judge(step, evaluation.loss)
             if reason is not None:
                 self.end("stopped", reason)
+        if self.status is None and self.wants_to_stop is not None and step < self.cfg.trainer.max_steps:
+            self.end("stopped", self.wants_to_stop)
         return evaluation
 
     def log(self, step: int, loss: float, parts: dict[str, float], peak_lrs: dict[str, float], memory: int) -> None:
         """Record a training step: ``parts`` are gradient norms, ``peak_lrs`` learning rates at their peak by group."""
         if "grad_ratio" in parts:
             self.state["ratios"] = [*deque(self.state["ratios"], RATIO_WINDOW - 1), parts["grad_ratio"]]
-        factor = lr_factor(step - 1, self.cfg)
+        factor = lr_factor(step - 1, self.cfg) * self.state["lr_scale"]
         self.record(
             {
                 "kind": "train",
@@ -165,6 +195,8 @@ class Member:
         self.folder.append(row)
         if self.board is not None:
             self.board.add(row)
+        for watcher in self.watchers:
+            self.act(watcher, watcher.see(row))
 
     def save(self, step: int, optimizer: dict[str, Any]) -> None:
         self.state["wall_seconds"] = self.wall()
@@ -189,9 +221,10 @@ class Member:
             "val_bits_per_byte": state["val_bits_per_byte"],
             "grad_ratio": sum(ratios) / len(ratios) if ratios else None,
             "gate_mean": state["gate_mean"],
-            "gates": {},  # verdicts of the validation gates, none yet
+            "gates": {},
             "tokens_per_second": self.speed(),
             "peak_memory_bytes": memory,
             "wall_seconds": self.wall(),
             "environment": environment,
+            **{key: value for watcher in self.watchers for key, value in watcher.summary().items()},
         }

@@ -37,9 +37,14 @@ class PlainStep:
         self.gradients = GradientNorms(model)
         self.forward = torch.compile(model) if cfg.trainer.compile else model
         self.pending: list[Tensor] = []
+        self.lr_scale = 1.0
+
+    def scale_lr(self, member: int, scale: float) -> None:
+        """From the next step on, multiply the schedule's learning rate by ``scale``."""
+        self.lr_scale = scale
 
     def run(self, step: int) -> None:
-        set_lr(self.optimizer, lr_factor(step - 1, self.cfg))
+        set_lr(self.optimizer, lr_factor(step - 1, self.cfg) * self.lr_scale)
         trainer = self.cfg.trainer
         # One draw per step, then cut: how a step is split into micro-batches does not change what it sees.
         batch = self.corpus.train_batch(self.cfg.seed_data, step - 1, trainer.batch_size * trainer.grad_accum)
@@ -102,7 +107,9 @@ class StackStep:
         self.factors = torch.zeros(TABLE, device=self.device)
         self.recorded = torch.zeros(TABLE, members, device=self.device)  # losses
         self.row = torch.zeros(1, dtype=torch.int64, device=self.device)  # of these tables, for the next step
+        self.lr_scale = 1.0
         self.first: int | None = None  # step of the tables' first row
+        self.stale = False  # the tables hold other learning rates than those to come
         self.last = 0
         self.read = 0  # rows of ``recorded`` that have been read ...
         self.kept: list[list[float]] = []  # ... and what they held, until somebody asks
@@ -110,11 +117,22 @@ class StackStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream(self.device) if trainer.cuda_graph else None
 
+    def scale_lr(self, member: int, scale: float) -> None:
+        """From the next step on, multiply the schedule's learning rate by ``scale``.
+
+        Raises ``ValueError`` where members that train together ask for different ones.
+        """
+        if scale == self.lr_scale:
+            return
+        if self.stack.members > 1:
+            raise ValueError("the learning rate of runs that train together cannot be lowered for one of them")
+        self.lr_scale, self.stale = scale, True
+
     def run(self, step: int) -> None:
         if self.first is None:  # tensors, so that a recorded step can change them; a loaded checkpoint has numbers
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.tensor(float(group["peak_lr"]), device=self.device)
-        if self.first is None or step >= self.first + TABLE:
+        if self.first is None or self.stale or step >= self.first + TABLE:
             self._fill(step)
         if self.stream is None:
             self._whole()
@@ -171,9 +189,9 @@ class StackStep:
         numbers = range(step - 1, step - 1 + TABLE)
         starts = [[self.corpus.train_starts(seed, index, self.rows) for seed in self.seeds] for index in numbers]
         self.starts.copy_(torch.from_numpy(np.array(starts)))
-        self.factors.copy_(torch.tensor([lr_factor(index, self.cfg) for index in numbers]))
+        self.factors.copy_(torch.tensor([lr_factor(index, self.cfg) * self.lr_scale for index in numbers]))
         self.row.zero_()
-        self.first, self.read = step, 0
+        self.first, self.read, self.stale = step, 0, False
 
     def _read(self) -> None:
         if self.first is not None:

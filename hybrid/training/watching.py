@@ -1,0 +1,50 @@
+"""What looks at a run while it trains, and may act: the gates and the stopping rules.
+
+A watcher sees every row of the run's record in order, and the run's facts before the first; it knows nothing of models
+or devices, so it can be tried on any series of rows. A new one is a class in ``build_watchers``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hybrid.schema import Config
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a watcher asks for: the end of the run, or with ``lr_factor`` so many times the present learning rate."""
+
+    reason: str
+    lr_factor: float | None = None
+
+
+class Watcher:
+    """Base of all watchers. ``state`` is what it remembers: plain JSON values, part of the run's checkpoints."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def begin(self, environment: dict[str, Any]) -> Action | None:
+        """Before the first row of a run that is not resumed; ``environment`` is the record's."""
+        return None
+
+    def see(self, row: dict[str, Any]) -> Action | None:
+        """A row of the record: ``kind`` is train, eval or probe."""
+        return None
+
+    def summary(self) -> dict[str, Any]:
+        """What the run's summary says of it, by the summary's keys."""
+        return {}
+
+    def news(self) -> list[str]:
+        """Red flags raised by the last row, one line each, for the log and the person who watches."""
+        return []
+
+
+def build_watchers(cfg: Config) -> list[Watcher]:
+    """The watchers that the configuration asks for."""
+    return []
