@@ -60,14 +60,8 @@ class Mamba2(fla_mamba2.Mamba2):
         padded = torch.cat((past, xBC), dim=1)
         weight = self.conv1d.weight.squeeze(1)  # [conv_dim, kernel]
         convolved = self.conv1d.bias + sum(padded[:, i : i + T] * weight[:, i] for i in range(tail + 1))
-        channels, Bs, Cs = (
-            F.silu(convolved)
-            .to(xBC.dtype)
-            .split(
-                [self.intermediate_size, self.n_groups * self.ssm_state_size, self.n_groups * self.ssm_state_size],
-                dim=-1,
-            )
-        )
+        groups = self.n_groups * self.ssm_state_size
+        channels, Bs, Cs = F.silu(convolved.to(xBC.dtype)).split([self.intermediate_size, groups, groups], dim=-1)
 
         inputs = {
             "x": channels.view(B, T, self.num_heads, self.head_dim),

@@ -245,6 +245,7 @@ def _backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, borders: Tensor, dy: Tensor,
     dfinal: Tensor | None, initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients; dA and dD still by sequence [batch,H], dB and dC by head [batch,T,H,N]: see ``_autograd``."""
     batch, T, H, P = x.shape
     G, N = B.shape[-2:]
     launch = choose(T, P, N, x.dtype, backward=True)
@@ -268,20 +269,23 @@ def _backward(
             L=launch.chunk, BP=power_of_two(P), BN=power_of_two(N), SKIP=D is not None, STATE=borders.numel() > 0,
             INITIAL=initial, FINAL=dfinal is not None, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
-    if G < H:
-        dB, dC = (t.view(batch, T, G, H // G, N).sum(3) for t in (dB, dC))
-    models = A.shape[0]
-    dA = dA.view(models, -1, H).sum(1).to(A.dtype)
-    dD = dD.new_empty(0) if D is None else dD.view(models, -1, H).sum(1).to(D.dtype)
     return dx, ddt, dA, dB, dC, dD, dinitial
 
 
 @_backward.register_fake
 def _(x, dt, A, B, C, D, borders, dy, dfinal, initial):
-    batch, _, H, P = x.shape
-    dinitial = x.new_empty((batch, H, P, B.shape[-1]) if initial else (0,), dtype=_STATE)
-    dD = x.new_empty(0, dtype=torch.float32) if D is None else D.new_empty(D.shape)
-    return (*(t.new_empty(t.shape) for t in (x, dt, A, B, C)), dD, dinitial)
+    batch, T, H, P = x.shape
+    N = B.shape[-1]
+    dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
+    dA, dD = (x.new_empty(batch, H, dtype=torch.float32) for _ in range(2))
+    return (
+        x.new_empty(x.shape),
+        dt.new_empty(dt.shape),
+        dA,
+        *(t.new_empty(batch, T, H, N) for t in (B, C)),
+        dD,
+        dinitial,
+    )
 
 
 def _dense_rows(dt: Tensor) -> Tensor:
@@ -300,7 +304,13 @@ def _autograd(ctx, dy, dfinal, _dborders):
         dy = torch.zeros_like(inputs[0])
     grads = _backward(*inputs, borders, dy, dfinal if ctx.final else None, ctx.initial)
     dx, ddt, dA, dB, dC, dD, dinitial = grads
-    dD = None if inputs[5] is None else dD
+    # Sums over heads that share B and C, and over each model's sequences: here, where a compiler can fuse them.
+    x, _, A, B, _, D = inputs
+    H, G = x.shape[2], B.shape[2]
+    if G < H:
+        dB, dC = (t.unflatten(2, (G, H // G)).sum(3) for t in (dB, dC))
+    dA = dA.view(A.shape[0], -1, H).sum(1).to(A.dtype)
+    dD = None if D is None else dD.view(A.shape[0], -1, H).sum(1).to(D.dtype)
     return dx, ddt, dA, dB, dC, dD, dinitial if ctx.initial else None, None, None
 
 

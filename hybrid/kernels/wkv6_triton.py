@@ -260,6 +260,7 @@ def _backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, borders: Tensor, do: Tensor, dfinal: Tensor | None,
     initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients; that of u still as one [B,programs,H,K] a program, so that a compiler can fuse their sum."""
     B, T, H, K = r.shape
     V = v.shape[-1]
     launch = choose(B, T, H, K, V, backward=True)
@@ -278,14 +279,17 @@ def _backward(
             C=CHUNK, BK=launch.block_k, BV=power_of_two(V), AHEAD=launch.ahead,
             INITIAL=initial, FINAL=dfinal is not None, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
-    du = du.view(u.shape[0], -1, H, K).sum(1).to(u.dtype)
     return dr, dk, dv if parts == 1 else dv.sum(0).to(v.dtype), dw, du, dinitial
 
 
 @_backward.register_fake
 def _(r, k, v, w, u, borders, do, dfinal, initial):
-    dinitial = v.new_empty((*r.shape[::2], r.shape[3], v.shape[3]) if initial else (0,), dtype=_STATE)
-    return (*(x.new_empty(x.shape) for x in (r, k, v, w, u)), dinitial)
+    B, T, H, K = r.shape
+    launch = choose(B, T, H, K, v.shape[3], backward=True)
+    programs = triton.cdiv(triton.cdiv(T, CHUNK), launch.chunks_per_program)
+    du = u.new_empty(B, programs, H, K, dtype=torch.float32)
+    dinitial = v.new_empty((B, H, K, v.shape[3]) if initial else (0,), dtype=_STATE)
+    return (*(x.new_empty(x.shape) for x in (r, k, v, w)), du, dinitial)
 
 
 def _setup_context(ctx, inputs, output):
@@ -298,8 +302,10 @@ def _autograd(ctx, do, dfinal, _dborders):
     *inputs, borders = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(inputs[2])
-    *grads, dinitial = _backward(*inputs, borders, do, dfinal if ctx.final else None, ctx.initial)
-    return (*grads, dinitial if ctx.initial else None, None, None)
+    *grads, du, dinitial = _backward(*inputs, borders, do, dfinal if ctx.final else None, ctx.initial)
+    u = inputs[4]
+    du = du.view(u.shape[0], -1, *u.shape[1:]).sum(1).to(u.dtype)
+    return (*grads, du, dinitial if ctx.initial else None, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -8,6 +8,7 @@ Members are independent: each has its own row in every leaf.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hybrid.model import HybridLM
 from hybrid.schema import OptimConfig
@@ -25,6 +27,8 @@ from hybrid.training.optimizer import adamw, decays, group_of
 # Every shape of block that a process trains is a compilation of its own of ``run_block``; the default allows 8.
 torch._dynamo.config.recompile_limit = max(1024, torch._dynamo.config.recompile_limit)
 torch._dynamo.config.accumulated_recompile_limit = max(4096, torch._dynamo.config.accumulated_recompile_limit)
+
+SMALL_VOCABULARY = 256
 
 
 @dataclass
@@ -96,11 +100,13 @@ class Stack:
         """Logits [members, B, T, V] for tokens [members, B, T]."""
         values = self.values()
         template = self.models[0]
-        x = torch.stack([F.embedding(t, w) for t, w in zip(tokens, values["embedding.weight"], strict=True)])
-        x = template.dropout(x)
-        for i, block in enumerate(self.templates):
-            own = {name: values[f"blocks.{i}.{name}"] for name, _ in block.named_parameters()}
-            x = self.forward_block(block, own, x)
+        x = template.dropout(embed(tokens, values["embedding.weight"]))
+        # The backward of memory-efficient attention does not run under vmap (the other kernels' does).
+        kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if self.members > 1 else nullcontext()
+        with kernels:
+            for i, block in enumerate(self.templates):
+                own = {name: values[f"blocks.{i}.{name}"] for name, _ in block.named_parameters()}
+                x = self.forward_block(block, own, x)
         scale = values["norm.weight"][:, None, None]
         x = F.rms_norm(x, x.shape[-1:], eps=template.norm.eps) * scale
         return torch.einsum("mbtd,mvd->mbtv", x, values["embedding.weight"])
@@ -127,6 +133,20 @@ class Stack:
     @property
     def names(self) -> list[str]:
         return [name for leaf in self.leaves for name in leaf.names]
+
+
+def embed(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows [members, B, T, d] of each member's embedding [members, V, d].
+
+    Of a small vocabulary as a product with ones and zeros: exact, and its gradient is a product as well, where that of
+    a look-up sorts the tokens first.
+    """
+    V, d = weight.shape[1:]
+    if V > SMALL_VOCABULARY:
+        return torch.stack([F.embedding(t, w) for t, w in zip(tokens, weight, strict=True)])
+    is_token = tokens.flatten(1).unsqueeze(-1) == torch.arange(V, device=tokens.device)
+    with torch.autocast(weight.device.type, enabled=False):
+        return (is_token.to(weight.dtype) @ weight).view(*tokens.shape, d)
 
 
 def run_block(block: nn.Module, values: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hybrid.progress import RunProgress
 from hybrid.records import RunFolder
 from hybrid.training.loop import Interrupted, Trainer
 from hybrid.training.member import Member
-from hybrid.training.stack import Stack
+from hybrid.training.stack import SMALL_VOCABULARY, Stack, embed
 from hybrid.training.step import StackStep
 from tests.hybrid.trainers import model_of, stir
 from tests.runs import Setting, rows, weights
@@ -56,6 +56,21 @@ def test_outputs_and_gradients_of_every_member(small: Setting, arm: tuple[str, .
             for name, gradient in leaf.views(leaf.values.grad).items():
                 wanted = named[name].grad if named[name].grad is not None else torch.zeros_like(named[name])
                 assert (gradient[k] - wanted).norm().item() < 1e-4 * wanted.norm().item() + 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("vocabulary", [SMALL_VOCABULARY, SMALL_VOCABULARY + 1])
+def test_embeddings_are_looked_up(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, vocabulary, 6, generator=generator, requires_grad=True)
+    tokens = torch.randint(0, vocabulary, (2, 3, 50), generator=generator)
+    found = embed(tokens, weight)
+    weights_of_sum = torch.randn(found.shape, generator=generator)
+    (gradient,) = torch.autograd.grad((found * weights_of_sum).sum(), weight)
+    expected = torch.zeros_like(weight)
+    for member in range(2):
+        assert torch.equal(found[member], weight[member][tokens[member]])
+        expected[member].index_add_(0, tokens[member].flatten(), weights_of_sum[member].flatten(0, 1))
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_models_see_what_becomes_of_their_stack(small: Setting) -> None:
@@ -222,8 +237,11 @@ def test_graph_and_compiler_change_nothing_but_rounding(
 
 
 @pytest.mark.gpu
-def test_members_on_a_gpu_are_their_single_runs(small: Setting, together: Callable[..., Any]) -> None:
-    options = (*CUDA, "trainer.dtype=float32", *ARMS[0])
+@pytest.mark.parametrize("arm", ARMS[:2], ids=lambda arm: " ".join(arm))
+def test_members_on_a_gpu_are_their_single_runs(
+    small: Setting, together: Callable[..., Any], arm: tuple[str, ...]
+) -> None:
+    options = (*CUDA, "trainer.dtype=float32", *arm)
     folders, _ = together("all", [0, 1, 2], *options)
     for seed, folder in enumerate(folders):
         alone, _ = small.run(f"seed_init={seed}", f"seed_data={seed}", f"out={small.out}/alone", *options)
