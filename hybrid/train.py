@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 import sys
+from dataclasses import replace
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -125,14 +126,17 @@ def job(composed: DictConfig) -> dict | None:
 
 
 def several(cfg: Config, overrides: list[str]) -> list[dict | None]:
-    """Runs of a sweep that differ by their seeds, trained as one."""
-    corpus, variant = check_data(cfg), variant_name(cfg, overrides)
+    """Runs of a sweep that differ by their seeds and learning rates, trained as one."""
+    corpus = check_data(cfg)
     runs, lines = [], []
-    for seed_init, seed_data in cfg.sweep.together:
+    for own in cfg.sweep.together:
         one = copy.deepcopy(cfg)
-        one.seed_init, one.seed_data, one.sweep.together = seed_init, seed_data, None
-        runs.append(plan(one, corpus, variant))
-        lines.append([*overrides, f"seed_init={seed_init}", f"seed_data={seed_data}"])
+        one.sweep.together = None
+        one.seed_init, one.seed_data = own["seed_init"], own["seed_data"]
+        one.optim = replace(one.optim, **own["optim"])
+        runs.append(plan(one, corpus, own["variant"]))
+        rates = [f"optim.{key}={value}" for key, value in own["optim"].items()]
+        lines.append([*overrides, *rates, f"seed_init={one.seed_init}", f"seed_data={one.seed_data}"])
     return execute_together(runs, lines)
 
 

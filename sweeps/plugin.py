@@ -29,7 +29,7 @@ from hybrid.sizes import count_params
 from sweeps import launching
 from sweeps.child import ProcessDied
 from sweeps.expand import SEED_KEYS, Job, expand, name_of_axes
-from sweeps.grouping import group_by_seeds, group_overrides
+from sweeps.grouping import group_alike, group_overrides
 from sweeps.launching import at_once, launch, make_known, record_death
 from sweeps.sweep_file import write_sweep_file
 
@@ -70,7 +70,7 @@ class Sweeper(HydraSweeper):
 
         started = time.time()
         batch = []
-        groups = group_by_seeds(runs, todo)
+        groups = group_alike(runs, todo)
         number = 1
         for members in groups:
             display = [

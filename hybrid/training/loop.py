@@ -1,4 +1,4 @@
-"""The training loop: one run, or several that differ by their seeds, from configuration to record."""
+"""The training loop: one run, or several that differ by seeds and learning rates, from configuration to record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from hybrid.records import environment
 from hybrid.training import checkpoint
 from hybrid.training.evaluation import evaluate
 from hybrid.training.member import Member
-from hybrid.training.optimizer import peak_lrs
 from hybrid.training.step import build_step
 
 
@@ -57,7 +56,7 @@ class Trainer:
     """Trains its members. ``train`` returns their outcomes; each one's folder then holds log, metrics and weights.
 
     Takes configurations whose device, precision and kernels are settled (``hybrid.device.resolve_device``) and that
-    differ in nothing but seeds.
+    differ in nothing but seeds and learning rates.
 
     Everything that changes from step to step is in the models, the optimiser, PyTorch's generators and the members'
     ``state``; all of it is checkpointed, and batches depend on the step alone, so a resumed run repeats an undisturbed
@@ -125,9 +124,7 @@ class Trainer:
                         ended_at[k] = step
                         if log or member.status is not None:
                             memory = self._memory()
-                            member.log(
-                                step, losses[k][-1], self.step.norms_by_part(k), peak_lrs(self.step.optimizer), memory
-                            )
+                            member.log(step, losses[k][-1], self.step.norms_by_part(k), memory)
                     for k, member in self.running:
                         if due or member.wants_to_stop is not None:
                             member.validate(step, member.last_speed or 0.0)

@@ -19,6 +19,7 @@ from hybrid.schema import Config
 from hybrid.training import checkpoint
 from hybrid.training.board import Board
 from hybrid.training.evaluation import Evaluation, Evaluator
+from hybrid.training.optimizer import group_of, peak_lr
 from hybrid.training.schedule import lr_factor
 from hybrid.training.watching import Action, Watcher, build_watchers
 
@@ -30,7 +31,7 @@ Judge = Callable[[int, float], str | None]
 
 
 class Member:
-    """A run that is trained, alone or together with others that differ from it by their seeds.
+    """A run that is trained, alone or together with others that differ by seeds or learning rates.
 
     What changes from step to step and is not in model, optimiser or PyTorch's generators is in ``state``, which is
     checkpointed. ``status`` is None until the run has ended.
@@ -42,6 +43,7 @@ class Member:
         self.cfg, self.corpus, self.folder, self.progress, self.judge = cfg, corpus, folder, progress, judge
         self.device = torch.device(cfg.trainer.device)
         self.model: HybridLM = build_model(cfg).to(self.device)
+        self.groups = tuple(dict.fromkeys(group_of(name) for name, _ in self.model.named_parameters()))
         self.evaluate = Evaluator(
             self.model, corpus, cfg.trainer.eval_batch_size, self.device, getattr(torch, cfg.trainer.dtype),
             graph=cfg.trainer.cuda_graph,
@@ -171,8 +173,8 @@ class Member:
             self.end("stopped", self.wants_to_stop)
         return evaluation
 
-    def log(self, step: int, loss: float, parts: dict[str, float], peak_lrs: dict[str, float], memory: int) -> None:
-        """Record a training step: ``parts`` are gradient norms, ``peak_lrs`` learning rates at their peak by group."""
+    def log(self, step: int, loss: float, parts: dict[str, float], memory: int) -> None:
+        """Record a training step; ``parts`` are gradient norms."""
         if "grad_ratio" in parts:
             self.state["ratios"] = [*deque(self.state["ratios"], RATIO_WINDOW - 1), parts["grad_ratio"]]
         factor = lr_factor(step - 1, self.cfg) * self.state["lr_scale"]
@@ -183,7 +185,7 @@ class Member:
                 "tokens": step * self.tokens_per_step,
                 "loss": loss,
                 "lr": self.cfg.optim.lr * factor,
-                **{f"lr_{group}": peak * factor for group, peak in peak_lrs.items()},
+                **{f"lr_{group}": peak_lr(self.cfg.optim, group) * factor for group in self.groups},
                 **parts,
                 "tokens_per_second": self.last_speed,
                 "memory_bytes": memory,

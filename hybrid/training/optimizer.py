@@ -21,8 +21,9 @@ def group_of(parameter_name: str) -> str:
     return part if part in GROUPS else "other"
 
 
-def lr_multiplier(cfg: OptimConfig, group: str) -> float:
-    return 1.0 if group == "other" else getattr(cfg, f"{group}_lr_mult")
+def peak_lr(cfg: OptimConfig, group: str) -> float:
+    """The learning rate of a group at its peak."""
+    return cfg.lr * (1.0 if group == "other" else getattr(cfg, f"{group}_lr_mult"))
 
 
 def decays(parameter: Tensor) -> bool:
@@ -46,17 +47,12 @@ def adamw(groups: list[tuple[str, bool, list[nn.Parameter]]], cfg: OptimConfig, 
     """AdamW for groups of (part of the model, whether its weights decay, parameters)."""
     described = []
     for part, decay, parameters in groups:
-        peak = cfg.lr * lr_multiplier(cfg, part)
+        peak = peak_lr(cfg, part)
         weight_decay = cfg.weight_decay if decay else 0.0
         described.append(
             {"params": parameters, "name": part, "lr": peak, "peak_lr": peak, "weight_decay": weight_decay}
         )
     return torch.optim.AdamW(described, betas=tuple(cfg.betas), eps=cfg.eps, **options)
-
-
-def peak_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The learning rate of every part at its peak."""
-    return {group["name"]: group["peak_lr"] for group in optimizer.param_groups}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from hybrid.data import Corpus
 from hybrid.model import HybridLM, autocast
 from hybrid.schema import Config
-from hybrid.training.optimizer import GradientNorms, build_optimizer, part_norms, set_lr
+from hybrid.training.optimizer import GradientNorms, build_optimizer, part_norms, peak_lr, set_lr
 from hybrid.training.schedule import lr_factor
 from hybrid.training.stack import Stack
 
@@ -87,12 +87,13 @@ class PlainStep:
 class StackStep:
     """The same for a ``Stack``: all its members at once, each on its own batches, on CUDA as one graph.
 
-    The tokens of the training split are on the device; batches are gathered there.
+    The tokens of the training split are on the device; batches are gathered there. An optimiser knows one learning
+    rate a leaf: where members have different ones, each goes its share of the way that the largest would take it
+    (AdamW's moments do not depend on the learning rate, and its update, weight decay included, is proportional to it).
     """
 
     def __init__(self, cfgs: list[Config], models: list[HybridLM], corpus: Corpus) -> None:
-        self.cfg, self.corpus = cfgs[0], corpus
-        self.seeds = [cfg.seed_data for cfg in cfgs]
+        self.cfgs, self.cfg, self.corpus = cfgs, cfgs[0], corpus
         trainer = self.cfg.trainer
         self.device = torch.device(trainer.device)
         self.dtype = getattr(torch, trainer.dtype)
@@ -104,10 +105,12 @@ class StackStep:
         self.tokens = torch.from_numpy(np.asarray(corpus.train, dtype=np.int32)).to(self.device)
         self.window = torch.arange(self.cfg.data.seq_len + 1, device=self.device)
         self.starts = torch.zeros(TABLE, members, self.rows, dtype=torch.int64, device=self.device)
-        self.factors = torch.zeros(TABLE, device=self.device)
+        self.peaks = [[peak_lr(cfg.optim, group["name"]) for cfg in cfgs] for group in self.optimizer.param_groups]
+        self.scales = [1.0] * members
+        self.uneven = self._uneven()
+        self.lrs = torch.zeros(TABLE, len(self.peaks), members, device=self.device)
         self.recorded = torch.zeros(TABLE, members, device=self.device)  # losses
         self.row = torch.zeros(1, dtype=torch.int64, device=self.device)  # of these tables, for the next step
-        self.lr_scale = 1.0
         self.first: int | None = None  # step of the tables' first row
         self.stale = False  # the tables hold other learning rates than those to come
         self.last = 0
@@ -118,15 +121,16 @@ class StackStep:
         self.stream = torch.cuda.Stream(self.device) if trainer.cuda_graph else None
 
     def scale_lr(self, member: int, scale: float) -> None:
-        """From the next step on, multiply the schedule's learning rate by ``scale``.
-
-        Raises ``ValueError`` where members that train together ask for different ones.
-        """
-        if scale == self.lr_scale:
+        """From the next step on, multiply the schedule's learning rate of a member by ``scale``."""
+        if scale == self.scales[member]:
             return
-        if self.stack.members > 1:
-            raise ValueError("the learning rate of runs that train together cannot be lowered for one of them")
-        self.lr_scale, self.stale = scale, True
+        self.scales[member], self.stale = scale, True
+        if self._uneven() != self.uneven:
+            self.uneven, self.graph = not self.uneven, None
+
+    def _uneven(self) -> bool:
+        """Whether members have different learning rates at some step."""
+        return len(set(zip(*self.peaks, self.scales, strict=True))) > 1
 
     def run(self, step: int) -> None:
         if self.first is None:  # tensors, so that a recorded step can change them; a loaded checkpoint has numbers
@@ -157,9 +161,9 @@ class StackStep:
     def _whole(self) -> None:
         starts = self.starts.index_select(0, self.row).squeeze(0)
         windows = self.tokens[starts.unsqueeze(-1) + self.window].long()  # [members, rows, T + 1]
-        factor = self.factors.index_select(0, self.row).squeeze(0)
-        for group in self.optimizer.param_groups:
-            group["lr"].copy_(factor * group["peak_lr"])
+        self.lr_now = self.lrs.index_select(0, self.row).squeeze(0)  # [groups, members]
+        for group, lr in zip(self.optimizer.param_groups, self.lr_now.amax(dim=1).unbind(), strict=True):
+            group["lr"].copy_(lr)
         losses = self.update(windows[..., :-1].contiguous(), windows[..., 1:].contiguous())
         self.recorded.index_copy_(0, self.row, losses.unsqueeze(0))
         self.row += 1
@@ -180,16 +184,32 @@ class StackStep:
             (losses.sum() / trainer.grad_accum).backward()
             total += losses.detach() / trainer.grad_accum
         self.stack.clip(self.cfg.optim.grad_clip)
-        self.optimizer.step()
+        if self.uneven:
+            self._step_apart()
+        else:
+            self.optimizer.step()
         return total
+
+    def _step_apart(self) -> None:
+        """One update with a learning rate for each member."""
+        before = [leaf.values.detach().clone() for leaf in self.stack.leaves]
+        self.optimizer.step()
+        for leaf, start, lr in zip(self.stack.leaves, before, self.lr_now, strict=True):
+            largest = lr.amax()
+            share = torch.where(largest > 0, lr / largest, 1.0)
+            leaf.values.data.copy_(torch.lerp(start, leaf.values.data, share[:, None]))
 
     def _fill(self, step: int) -> None:
         """Send the batches and learning rates of the steps from ``step`` on."""
         self._read()  # before the losses are overwritten
         numbers = range(step - 1, step - 1 + TABLE)
-        starts = [[self.corpus.train_starts(seed, index, self.rows) for seed in self.seeds] for index in numbers]
+        starts = [[self.corpus.train_starts(cfg.seed_data, index, self.rows) for cfg in self.cfgs] for index in numbers]
         self.starts.copy_(torch.from_numpy(np.array(starts)))
-        self.factors.copy_(torch.tensor([lr_factor(index, self.cfg) * self.lr_scale for index in numbers]))
+        factors = [
+            [lr_factor(index, cfg) * scale for cfg, scale in zip(self.cfgs, self.scales, strict=True)]
+            for index in numbers
+        ]
+        self.lrs.copy_(torch.from_numpy(np.array(factors)[:, None] * np.array(self.peaks)))
         self.row.zero_()
         self.first, self.read, self.stale = step, 0, False
 
@@ -202,7 +222,7 @@ class StackStep:
     def losses(self) -> list[list[float]]:
         """Of every member, the losses since the last call, in order; waits for the device."""
         self._read()
-        found = [list(member) for member in zip(*self.kept, strict=True)] or [[] for _ in self.seeds]
+        found = [list(member) for member in zip(*self.kept, strict=True)] or [[] for _ in self.cfgs]
         self.kept = []
         return found
 
@@ -218,7 +238,10 @@ class StackStep:
             i: {key: value[member : member + 1].clone() if value.ndim else value for key, value in leaf.items()}
             for i, leaf in whole["state"].items()
         }
-        groups = [{**group, "lr": group["peak_lr"]} for group in whole["param_groups"]]
+        groups = [
+            {**group, "lr": peaks[member], "peak_lr": peaks[member]}
+            for group, peaks in zip(whole["param_groups"], self.peaks, strict=True)
+        ]
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state(self, member: int, state: dict[str, Any]) -> None:
@@ -235,7 +258,7 @@ class StackStep:
 
 
 def build_step(cfgs: list[Config], models: list[HybridLM], corpus: Corpus) -> PlainStep | StackStep:
-    """The step for one run or for several that differ by their seeds."""
+    """The step for one run or for several that differ by seeds or learning rates."""
     if len(models) == 1 and not cfgs[0].trainer.cuda_graph:
         return PlainStep(cfgs[0], models[0], corpus)
     return StackStep(cfgs, models, corpus)

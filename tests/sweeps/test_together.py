@@ -1,4 +1,4 @@
-"""Sweeps whose runs train as one where they differ by nothing but their seeds: the same records, whatever happens."""
+"""Sweeps whose runs train as one where only seeds and learning rates differ: the same records, whatever happens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hybrid.run import PlannedRun
-from sweeps.grouping import group_by_seeds, group_overrides
+from sweeps.grouping import group_alike, group_overrides
 from tests.runs import Setting, cli, results, rows, strict_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,19 +33,46 @@ def test_runs_that_differ_by_seeds_are_grouped(small: Setting) -> None:
         ("fusion=gain", "seed_init=1", "seed_data=1", TOGETHER),
         ("fusion=gain", "seed_init=2", TOGETHER),
         ("fusion=gain", "seed_init=3", TOGETHER),
-        ("fusion=gain", "seed_init=0", "optim.lr=0.5", TOGETHER),
+        ("fusion=gain", "seed_init=0", "optim.lr=0.5", "optim.mamba_lr_mult=2", TOGETHER),
+        ("fusion=gain", "seed_init=0", "optim.weight_decay=0.5", TOGETHER),
     )
-    assert group_by_seeds(runs, list(range(6))) == [[0, 2, 3], [4], [1], [5]]
-    assert group_by_seeds(runs, [1, 4, 2]) == [[1], [4, 2]]
+    assert group_alike(runs, list(range(7))) == [[0, 2, 3], [4, 5], [1], [6]]
+    assert group_alike(runs, [1, 4, 2]) == [[1], [4, 2]]
     alone = plans(small, ("seed_init=0",), ("seed_init=1",))
-    assert group_by_seeds(alone, [0, 1]) == [[0], [1]]  # on the CPU one by one unless asked
+    assert group_alike(alone, [0, 1]) == [[0], [1]]  # on the CPU one by one unless asked
 
 
 def test_the_overrides_of_a_group(small: Setting) -> None:
     runs = plans(small, ("seed_init=4",), ("seed_init=5", "seed_data=6"))
     lines = ["fusion=gain", "seed_init=4", "seed_data=0"]
-    assert group_overrides(lines, runs) == ["fusion=gain", "+sweep.together=[[4,0],[5,6]]"]
+    assert group_overrides(lines, runs) == [
+        "fusion=gain",
+        "+sweep.together=[{variant:x,seed_init:4,seed_data:0,optim:{}},{variant:x,seed_init:5,seed_data:6,optim:{}}]",
+    ]
     assert group_overrides(lines, runs[:1]) == lines
+    runs = plans(small, ("optim.lr=0.5", "optim.eps=1e-6"), ("optim.lr=0.25", "optim.eps=1e-6"))
+    assert group_overrides(["optim.lr=0.5", "optim.eps=1e-6"], runs) == [
+        "optim.eps=1e-6",
+        "+sweep.together=[{variant:x,seed_init:0,seed_data:0,optim:{lr:0.5}},"
+        "{variant:x,seed_init:0,seed_data:0,optim:{lr:0.25}}]",
+    ]
+
+
+def test_learning_rates_together_are_as_each_alone(small: Setting) -> None:
+    axes = ["fusion=gain", "seed_init=0,1", "sweep.name=s", "optim.lr=1e-2,1e-3", "optim.mamba_lr_mult=0.25,1"]
+    schedule = ["schedule=linear", "schedule.min_lr_ratio=0"]  # the last learning rate is zero for all
+    assert cli(small.with_(*axes, *schedule, "trainer.seeds_together=8"), "-m").code == 0
+    assert cli(small.with_(*axes, *schedule, f"out={small.out}/alone"), "-m").code == 0
+    found, expected = records(small.out / "s"), records(small.out / "alone" / "s")
+    assert found.keys() == expected.keys() and len(found) == 8
+    assert {record["environment"]["members"] for record in found.values()} == {8}
+    for name, record in found.items():
+        assert record["variant"] == expected[name]["variant"]
+        for ours, theirs in zip(rows(small.out / "s" / name), rows(small.out / "alone" / "s" / name), strict=True):
+            for key in ("loss", "val_loss", "grad_norm", "lr", "lr_mamba", "lr_rwkv"):
+                if key in theirs:
+                    assert ours[key] == pytest.approx(theirs[key], rel=2e-3), (name, theirs["step"], key)
+    assert len({round(record["final_val_loss"], 4) for record in found.values()}) == 8
 
 
 def test_a_sweep_together_has_the_records_of_one_by_one(small: Setting) -> None:
