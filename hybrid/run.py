@@ -122,7 +122,7 @@ def execute(
 
 
 def execute_together(runs: list[PlannedRun], overrides: list[list[str]]) -> list[dict[str, Any] | None]:
-    """The same for runs that differ by seeds or learning rates, trained as one; None for one that another process is at.
+    """The same for runs that differ by seeds or learning rates, trained as one; None for one that is run elsewhere.
 
     Runs whose checkpoints are at different steps go on in several groups. Where training them together fails, they
     are tried one by one, so that each gets the record that it would have alone.
