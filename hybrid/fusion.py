@@ -38,11 +38,13 @@ class Fusion(nn.Module):
         return {}
 
     def forward(self, a: Tensor, b: Tensor, state: BranchState | None = None) -> tuple[Tensor, BranchState | None]:
-        if self.branch_norm:
-            # Without weights, so that the switch changes no parameter count. Of an output that is exactly zero, as
-            # RWKV-6's with the official initialisation, it makes the first gradient 1/sqrt(eps) = 316 times as large.
-            a, b = (F.rms_norm(x, x.shape[-1:], eps=1e-5) for x in (a, b))
-        return self.join_with_state(a, b, state)
+        return self.join_with_state(self.normalised(a), self.normalised(b), state)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """A branch's output [B,T,d] as ``join`` gets it."""
+        # Without weights, so that the switch changes no parameter count. Of an output that is exactly zero, as
+        # RWKV-6's with the official initialisation, it makes the first gradient 1/sqrt(eps) = 316 times as large.
+        return F.rms_norm(x, x.shape[-1:], eps=1e-5) if self.branch_norm else x
 
     def join_with_state(self, a: Tensor, b: Tensor, state: BranchState | None) -> tuple[Tensor, BranchState | None]:
         return self.join(a, b), state

@@ -29,7 +29,10 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 # Sources that no result depends on.
-NOT_RESULTS = ("progress.py", "generate.py", "memory.py", "monitor.py", "profile.py", "training/board.py", "bench/")
+NOT_RESULTS = (
+    "progress.py", "generate.py", "memory.py", "monitor.py", "profile.py", "training/board.py", "bench/",
+    "diagnose.py", "diagnostics/",
+)  # fmt: skip
 
 
 class RunBusy(RuntimeError):
@@ -141,11 +144,7 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """The record of an ended run, None while there is none that can be read."""
-        try:
-            found = json.loads((self.path / "summary.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
+        return read_summary(self.path)
 
     def append(self, row: dict[str, Any]) -> None:
         with self.metrics.open("a") as handle:
@@ -186,6 +185,15 @@ class RunFolder:
         write_text_atomically(
             self.path / "summary.json", json.dumps(finite({"schema": SCHEMA, **summary}), indent=1) + "\n"
         )
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The record of the run in a folder, None while there is none that can be read."""
+    try:
+        found = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
 
 
 def remove_step(step: Path) -> None:
