@@ -82,7 +82,7 @@ def write_report(
     if "left_out.csv" not in tables:
         text = left_out_frame(records.left_out).to_csv(index=False)
         tables["left_out.csv"] = write_text(folder / "tables" / "left_out.csv", text)
-    drawn = [*(compared.figures if compared else []), *(figure for found in searches for figure in found.figures)]
+    drawn = [*(compared.all_figures if compared else []), *(figure for found in searches for figure in found.figures)]
     drop_stale(folder / "figures", drawn)
     figures = {path.name: path for figure in drawn for path in (figure.png, figure.svg)}
     report = Report(records, notes, compared, searches)
@@ -108,7 +108,9 @@ def _compare(
 
     from analysis.comparison.compare import compare
     from analysis.comparison.verdict import verdict
+    from analysis.diagnosis.report import report_branches
     from analysis.figures.drawing import read_curves, write_figures
+    from analysis.health.report import report_health
     from analysis.page.content import Compared
     from analysis.records.configs import arm_configs
     from analysis.records.frames import runs_frame
@@ -126,7 +128,11 @@ def _compare(
     comparison.findings.add_settling(curves.steps.rows, comparison.runs)
     tables |= {path.name: path for path in write_tables(folder / "tables", frame, comparison, records)}
     figures = write_figures(folder / "figures", comparison, records, curves)
-    return Compared(comparison, frame, verdict(comparison), configs, figures)
+    health = report_health(folder, comparison, records)
+    branches, skipped = report_branches(folder, comparison, records)
+    notes += health.notes + skipped
+    tables |= {path.name: path for path in (*health.files, *(branches.files if branches else []))}
+    return Compared(comparison, frame, verdict(comparison), configs, figures, health, branches)
 
 
 def _usable_records(directory: Path, metric: str) -> Records:

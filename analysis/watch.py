@@ -9,7 +9,7 @@ from pathlib import Path
 from analysis.records.runs import Records
 from analysis.report import ReportError, write_report
 
-_WATCHED = ("summary.json", "metrics.jsonl", "sweep.json", "config.yaml")
+_WATCHED = ("summary.json", "metrics.jsonl", "sweep.json", "config.yaml", "diagnosis.json")
 
 
 def watch(directory: Path, baseline: str | None, metric: str, every: float) -> int:

@@ -15,7 +15,9 @@ import pandas as pd
 from analysis.comparison.baseline import Baseline
 from analysis.comparison.findings import Findings, find
 from analysis.comparison.flags import Flag, find_flags, rate_flags
+from analysis.comparison.health_flags import health_flags
 from analysis.comparison.settings import arm_settings
+from analysis.health.gates import Health, read_health
 from analysis.records.runs import METRICS, Records
 from analysis.statistics.differences import Method, difference_rows
 
@@ -30,7 +32,8 @@ class Comparison:
     runs: pd.DataFrame  # frames.runs_frame
     differences: pd.DataFrame  # difference_frame of every metric
     methods: dict[str, Method]  # by metric: how p were adjusted
-    flags: list[Flag] = field(default_factory=list)
+    flags: list[Flag]
+    health: Health  # what gates and stopping rules said
     without_runs: list[str] = field(default_factory=list)  # arms that were tried or planned and have no usable run
     to_come: int = 0  # runs that are planned or under way and have no result yet
     findings: Findings = field(default_factory=Findings)  # factors, learning rates, ranks: what there is
@@ -69,9 +72,13 @@ def compare(records: Records, runs: pd.DataFrame, baseline: Baseline, metric: st
     without_runs = [arm for arm in dict.fromkeys(tried) if arm not in set(arms)]
     usable = block_table(runs, metric).reindex([arm for arm in arms if arm not in blocked])
     findings = find(usable, arm_settings(records), baseline, metric, [plan.name for plan in records.plans])
+    health = read_health(records.runs)
     flags += rate_flags(findings.learning_rates, arms)
+    flags += health_flags(health, runs["arm"].value_counts().to_dict(), arms)
     to_come = sum(item.kind in ("unfinished", "missing") for item in records.left_out)
-    return Comparison(metric, baseline, arms, runs, differences, methods, flags, without_runs, to_come, findings)
+    return Comparison(
+        metric, baseline, arms, runs, differences, methods, flags, health, without_runs, to_come, findings
+    )
 
 
 def block_table(runs: pd.DataFrame, metric: str) -> pd.DataFrame:

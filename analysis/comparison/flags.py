@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from analysis.comparison.settings import configured
-from analysis.records.runs import Records, Seeds
+from analysis.health.gates import stopped_by
+from analysis.records.runs import Records, Run, Seeds
 
 if TYPE_CHECKING:
     from analysis.comparison.learning_rates import LearningRates
@@ -33,7 +34,7 @@ class Flag:
     """A reason to doubt a comparison. ``blocking``: losses cannot be compared at all."""
 
     arm: str
-    kind: str  # data, tokenizer, tokens, params, code, device, dtype, versions, seeds, stopped, lost, lr
+    kind: str  # data, tokenizer, tokens, params, code, device, dtype, versions, seeds, stopped, lost, lr, gate, reduced
     text: str
     blocking: bool = False
 
@@ -64,6 +65,7 @@ _SAME = (
 def find_flags(records: Records, runs: pd.DataFrame, arms: Iterable[str], baseline: str) -> list[Flag]:
     """Every reason to doubt a comparison with ``baseline``, in the order of ``arms``."""
     runs = runs.assign(dtype=_dtypes(records, runs), versions=[_version_words(text) for text in runs["versions"]])
+    runs["stop_reason"] = [_stop_words(run, why) for run, why in zip(records.runs, runs["stop_reason"], strict=True)]
     columns = ["arm", "params_total", "seed_init", "seed_data", "status", "stop_reason", *(same[0] for same in _SAME)]
     by_arm: dict[str, list[Row]] = defaultdict(list)  # plain rows: 400 arms are 400 small frames otherwise
     for row in runs[columns].to_dict("records"):
@@ -110,6 +112,16 @@ def rate_flags(rates: LearningRates | None, arms: list[str]) -> list[Flag]:
     edge = rates.table[rates.table["best"] & rates.table["edge"]]
     text = "its learning rate, {:g}, is the best of its group and at the edge of the range tried"
     return [Flag(row.arm, "lr", text.format(row.lr)) for row in edge.itertuples() if row.arm in arms]
+
+
+def _stop_words(run: Run, reason: object) -> object:
+    """Why a run stopped, without the numbers, which are different in every run: the rule, or the gates."""
+    rule = stopped_by(run)
+    if rule:
+        return f"rule {rule}"
+    if isinstance(reason, str) and reason.startswith("gate "):
+        return ", ".join(part.partition(":")[0] for part in reason.split("; ") if part.startswith("gate "))
+    return reason
 
 
 def _dtypes(records: Records, runs: pd.DataFrame) -> list[str | None]:

@@ -165,14 +165,14 @@ def _sentence(comparison: Comparison, arm: str) -> Sentence:
     lost = [f.text for f in comparison.flags_of(arm) if f.kind == "lost"]
     if lost:
         text += f" Not in these numbers: {'; '.join(lost)}."
-    unmatched = [f.text for f in comparison.flags_of(arm) if f.kind not in ("seeds", "lost", "lr")]
+    unmatched = [f.text for f in comparison.flags_of(arm) if f.kind not in ("seeds", "lost", "lr", "gate")]
     if unmatched:
         text += f" Not matched: {'; '.join(unmatched)}."
         if kind in (BETTER, WORSE):
             text += " The difference may come from that."
-    edges = [f.text for f in comparison.flags_of(arm) if f.kind == "lr"]
-    if edges:
-        text += f" Caution: {'; '.join(edges)}."
+    cautions = [f.text for f in comparison.flags_of(arm) if f.kind in ("lr", "gate")]
+    if cautions:
+        text += f" Caution: {'; '.join(cautions)}."
     return Sentence(arm, kind, text)
 
 

@@ -25,6 +25,7 @@ from analysis.records.steps import Logged, StepReader, thinning
 
 MANY_RUNS = 500  # from here on figures are written beside the drawing of the next
 MOST_LOST = 20  # curves of runs that do not count
+# All that a report draws, also of other modules: what an earlier one drew and this one does not is removed.
 NAMES = (
     "final_loss",
     "learning_curves",
@@ -33,6 +34,8 @@ NAMES = (
     "gate_values",
     "gradient_ratio",
     "tradeoffs",
+    *("branch_layers", "influence", "half_lives", "loss_by_position", "gate_drift", "gate_positions", "gate_classes"),
+    *("state_health", "gpu"),
 )
 
 

@@ -10,7 +10,9 @@ import pandas as pd
 
 from analysis.comparison.compare import Comparison
 from analysis.comparison.verdict import Verdict
+from analysis.diagnosis.report import BranchReport
 from analysis.figures.drawing import Drawn
+from analysis.health.report import HealthReport
 from analysis.records.configs import Flat, config_words, differing
 from analysis.records.runs import Records, Run
 from analysis.search.report import SearchReport, searches_headline
@@ -32,6 +34,8 @@ class Compared:
     verdict: Verdict
     configs: dict[str, Flat]
     figures: list[Drawn]
+    health: HealthReport
+    branches: BranchReport | None = None  # None where no run is diagnosed
 
     @cached_property
     def rows(self) -> Table:
@@ -44,6 +48,11 @@ class Compared:
     @cached_property
     def found_tables(self) -> dict[str, Table]:
         return finding_tables(self.comparison)
+
+    @property
+    def all_figures(self) -> list[Drawn]:
+        """Also those of the sections on branches and health."""
+        return [*self.figures, *self.health.figures, *(self.branches.figures if self.branches else [])]
 
     def figure(self, name: str) -> Drawn:
         return next(drawn for drawn in self.figures if drawn.name == name)

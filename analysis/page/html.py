@@ -15,8 +15,10 @@ from markupsafe import Markup, escape
 
 from analysis.comparison.finding_words import remarks
 from analysis.comparison.flags import matches
+from analysis.diagnosis import tables as branch_tables
 from analysis.figures.drawing import Drawn
 from analysis.figures.style import FAINT, GRID, INK, PAPER
+from analysis.health import tables as health_tables
 from analysis.page.content import MOST_LEFT_OUT, MOST_RUNS, Report, configuration_table, runs_table
 from analysis.page.environment import environment
 from analysis.search.report import SearchReport
@@ -75,6 +77,11 @@ def html_page(report: Report, folder: Path, refresh: float | None = None) -> str
             "run_links": [_link(run.path, folder) for run in report.records.runs[:MOST_RUNS]],
             "environment": environment(comparison.runs),
             "found": remarks(comparison.findings),
+            "health": compared.health,
+            "branches": compared.branches,
+            "health_titles": health_tables.TITLES,
+            "branch_titles": branch_tables.TITLES,
+            "branch_words": branch_tables.WORDS,
             "found_tables": [(TITLES[name], table) for name, table in compared.found_tables.items()],
         }
     context["contents"] = _contents(report, context)
@@ -88,6 +95,8 @@ def _contents(report: Report, context: dict[str, Any]) -> list[tuple[str, str]]:
         found += [("matched", "What was matched"), ("comparison", "Comparison"), ("differences", "Differences")]
         found += [("findings", "Findings")] if context["found"] or context["found_tables"] else []
         found += [(drawn.name, drawn.title) for drawn in report.compared.figures if drawn.name != "final_loss"]
+        found += [] if report.compared.health.empty else [("health", "Gates and stopping")]
+        found += [("branches", "What the branches do")] if report.compared.branches else []
         found += [("configurations", "Configurations")] if context["configurations"].rows else []
         found += [("runs", "Runs")]
     found += [(one.anchor, f"Search {one.name}") for one in report.searches]

@@ -6,7 +6,12 @@ from collections.abc import Iterable
 
 from analysis.comparison.finding_words import remarks
 from analysis.comparison.flags import matches
+from analysis.diagnosis.report import BranchReport
+from analysis.diagnosis.tables import TITLES as BRANCH_TITLES
+from analysis.diagnosis.tables import WORDS as BRANCH_WORDS
 from analysis.figures.drawing import Drawn
+from analysis.health.report import HealthReport
+from analysis.health.tables import TITLES as HEALTH_TITLES
 from analysis.page.content import MOST_LEFT_OUT, Compared, Report, configuration_table
 from analysis.page.environment import environment
 from analysis.search.report import SearchReport
@@ -58,6 +63,8 @@ def _compared(compared: Compared) -> list[str]:
     text += [_bullets(map(escape_markdown, found))] if found else []
     text += [line for name, table in tables.items() for line in (f"### {TITLES[name]}\n", markdown(table))]
     text += [line for drawn in compared.figures for line in _figure(drawn)]
+    text += _health(compared.health)
+    text += _branches(compared.branches) if compared.branches else []
     text += ["## What was matched\n"]
     found = matches(comparison.runs, comparison.baseline.arm)
     text += [_bullets(f"{m.what}: {'same' if m.same else '**differs**'}, {escape_markdown(m.text)}" for m in found)]
@@ -66,6 +73,26 @@ def _compared(compared: Compared) -> list[str]:
     configurations = configuration_table(compared.configs, comparison.arms)
     if configurations.rows:
         text += ["## Configurations\n", markdown(configurations), "Only keys that differ between arms.\n"]
+    return text
+
+
+def _health(health: HealthReport) -> list[str]:
+    text = [] if health.empty else ["## Gates and stopping\n"]
+    text += [
+        part for name, table in health.tables.items() for part in (f"### {HEALTH_TITLES[name]}\n", markdown(table))
+    ]
+    return text + [line for drawn in health.figures for line in _figure(drawn)]
+
+
+def _branches(branches: BranchReport) -> list[str]:
+    text = ["## What the branches do\n"]
+    text += [_bullets(f"**{escape_markdown(s.arm)}**: {escape_markdown(s.text)}" for s in branches.sentences)]
+    text += [_bullets(map(escape_markdown, branches.remarks))] if branches.remarks else []
+    for heading, tables, figures in branches.topics:
+        text += [f"### {heading}\n"]
+        for name, table in tables.items():
+            text += [f"{BRANCH_TITLES[name]}:\n", markdown(table), f"{escape_markdown(BRANCH_WORDS[name])}\n"]
+        text += [line for drawn in figures for line in _figure(drawn)]
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -37,10 +38,18 @@ def write_tables(folder: Path, frame: pd.DataFrame, comparison: Comparison, reco
     raw = {"comparison": frame, "differences": comparison.differences, "runs": comparison.runs}
     raw["left_out"] = left_out_frame(records.left_out)
     raw |= _raw(comparison.findings)
+    return write_named(folder, raw, words, _OPTIONAL)
+
+
+def write_named(
+    folder: Path, raw: dict[str, pd.DataFrame], words: dict[str, Table], optional: Iterable[str]
+) -> list[Path]:
+    """Write ``raw`` as .csv and ``words`` as .md and .tex; files of an earlier report named in ``optional`` that this
+    one has no table for are removed."""
     contents = {f"{name}.csv": table.to_csv(index=False) for name, table in raw.items()}
     for name, table in words.items():
         contents |= {f"{name}.md": markdown(table), f"{name}.tex": latex(table)}
-    for name in _OPTIONAL:
+    for name in optional:
         for kind in ("csv", "md", "tex"):
             if f"{name}.{kind}" not in contents:
                 (folder / f"{name}.{kind}").unlink(missing_ok=True)
