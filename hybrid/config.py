@@ -21,6 +21,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from hybrid.pattern import PatternError, branches_of, parse_pattern
 from hybrid.schema import Config, FusionConfig, ModelConfig
+from hybrid.stopping.settings import acting_rules, problem_of
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 
@@ -120,6 +121,8 @@ def validate(cfg: Config) -> None:
         raise ConfigError(f"data.val_fraction must be between 0 and 1, got {data.val_fraction}")
     if data.works is not None and data.name != "shakespeare":
         raise ConfigError(f"data.works goes with data=shakespeare only, not with data={data.name}")
+    if (problem := problem_of(cfg.stopping)) is not None:
+        raise ConfigError(problem)
     if cfg.sweep.name is not None and not re.fullmatch(r"[\w.+-]{1,80}", cfg.sweep.name):
         raise ConfigError(f"sweep.name must be letters, digits and '._+-', got '{cfg.sweep.name}'")
 
@@ -139,6 +142,9 @@ def _validate_model(model: ModelConfig) -> None:
     _at_least("model.d_model", model.d_model, 8)
     if not 0 <= model.dropout < 1:
         raise ConfigError(f"model.dropout must be in [0, 1), got {model.dropout}")
+    shares = model.branch_dropout
+    if len(shares) != 2 or not all(0 <= share <= 1 for share in shares) or sum(shares) > 1:
+        raise ConfigError(f"model.branch_dropout must be two shares of the sequences, together at most 1, got {shares}")
     if model.vocab_size is not None:
         _at_least("model.vocab_size", model.vocab_size, 1)
     if model.ffn_hidden is not None:
@@ -153,6 +159,10 @@ def _validate_model(model: ModelConfig) -> None:
     for branch in model.branches:
         _one_of("model.branches", branch, ["rwkv", "mamba"])
     parts = used_parts(model)
+    if any(shares) and "fusion" not in parts:
+        raise ConfigError(
+            f"model.branch_dropout={shares} has no effect with model.pattern={model.pattern}: no block has two branches"
+        )
     if "rwkv" in parts:
         rwkv = model.rwkv
         for key in ("num_heads", "shift_low_rank", "decay_low_rank"):
@@ -242,11 +252,12 @@ def identity(cfg: Config) -> dict[str, Any]:
     kernels = plain["kernels"]
     for part, section, key in (
         ("rwkv", model, "rwkv"), ("mamba", model, "mamba"), ("attention", model, "attention"),
-        ("fusion", plain, "fusion"), ("fusion", model, "branches"),
+        ("fusion", plain, "fusion"), ("fusion", model, "branches"), ("fusion", model, "branch_dropout"),
         ("rwkv", kernels, "wkv6"), ("mamba", kernels, "ssd"),
     ):  # fmt: skip
         if part not in parts:
             section.pop(key, None)
+    plain["stopping"] = acting_rules(cfg)
     return plain
 
 

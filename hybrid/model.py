@@ -56,6 +56,8 @@ class Block(nn.Module):
         with seeded(seed, f"{path}.ffn"):
             self.ffn = FeedForward(model.d_model, hidden)
         self.dropout = nn.Dropout(model.dropout)
+        # None, and so without any cost, where no branch is ever left out.
+        self.branch_dropout = tuple(model.branch_dropout) if any(model.branch_dropout) else None
 
     def initial_state(self, batch: int) -> BlockState:
         parts = self.branches + (("fusion",) if len(self.branches) == 2 else ())
@@ -69,12 +71,28 @@ class Block(nn.Module):
             out, new[name] = getattr(self, name)(n, None if state is None else state[name])
             outputs.append(out)
         if len(outputs) == 2:
+            if self.training and self.branch_dropout is not None:
+                outputs = drop_branches(*outputs, self.branch_dropout)
             mixed, new["fusion"] = self.fusion(*outputs, None if state is None else state["fusion"])
         else:
             mixed = outputs[0]
         x = x + self.dropout(mixed)
         x = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return x, None if state is None else new
+
+
+def drop_branches(a: Tensor, b: Tensor, shares: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """``a``, ``b`` [B,T,d] where some sequences have zeros in place of the one or the other, never of both.
+
+    ``shares`` are the probabilities for the first and the second. What is left is not scaled up, unlike in dropout:
+    it is the very output that is fused in evaluation, so that a sequence of which nothing is dropped trains the
+    function that is evaluated, the others what it would be without that branch; a gate does not add its inputs, so no
+    factor would keep its mean; and a branch may be left out always (1).
+    """
+    draw = torch.rand(a.shape[0], 1, 1, device=a.device)
+    without_a = draw < shares[0]
+    without_b = (draw >= 1 - shares[1]) & ~without_a
+    return a.masked_fill(without_a, 0), b.masked_fill(without_b, 0)
 
 
 class HybridLM(nn.Module):

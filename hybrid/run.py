@@ -19,12 +19,13 @@ from hybrid.progress import RunProgress
 from hybrid.records import RunBusy, RunFolder, describe_run, run_id
 from hybrid.schema import Config, DisplayConfig
 from hybrid.sizes import PARTS, count_params
+from hybrid.stopping.settings import acts
 
 # What a summary says of the training, None where it came to nothing.
 OUTCOME = (
     "status", "stop_reason", "steps", "tokens", "best_val_loss", "best_step", "final_val_loss", "final_train_loss",
-    "val_bits_per_byte", "grad_ratio", "gate_mean", "gates", "tokens_per_second", "peak_memory_bytes", "wall_seconds",
-    "environment",
+    "val_bits_per_byte", "grad_ratio", "gate_mean", "gates", "stopping", "tokens_per_second", "peak_memory_bytes",
+    "wall_seconds", "environment",
 )  # fmt: skip
 ENDED = ("completed", "stopped", "diverged")  # a run with such a record is not run again
 
@@ -74,11 +75,15 @@ def fit_to_corpus(cfg: Config, corpus: Corpus) -> None:
 
 
 def plan(cfg: Config, corpus: Corpus, variant: str) -> PlannedRun:
-    """Settle device, precision and kernels, and with them the run's identity and folder. Raises ``ConfigError``."""
+    """Settle device, precision, kernels and whether stopping rules act, and with them the run's identity and folder.
+
+    Raises ``ConfigError``.
+    """
     check_machine(cfg)
     from hybrid.device import resolve_device
 
     resolve_device(cfg)
+    cfg.stopping.act = acts(cfg)
     identifier = run_id(cfg, corpus)
     folder = RunFolder(cfg, identifier, variant)
     return PlannedRun(cfg, corpus, identifier, folder.variant, folder)

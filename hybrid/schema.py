@@ -52,6 +52,8 @@ class ModelConfig:
     ffn_hidden: int | None = None  # ... or the width itself ...
     target_params: Any = None  # ... or solved so that the model has this many parameters: 3500000, 3.5e6, "3.5M"
     dropout: float = 0.0
+    # Of a P block's first and second branch: share of the sequences for which, in training, its output is zero.
+    branch_dropout: list[float] = field(default_factory=lambda: [0.0, 0.0])
     norm_eps: float = 1e-5
     rwkv: RWKVConfig = field(default_factory=RWKVConfig)
     mamba: MambaConfig = field(default_factory=MambaConfig)
@@ -139,6 +141,77 @@ class KernelsConfig:
 
 
 @dataclass
+class OverfittingRule:
+    """The validation loss is above its best while the training loss falls."""
+
+    enabled: bool = True
+    rise: float = 0.1  # share of the best validation loss
+
+
+@dataclass
+class PlateauRule:
+    """No improvement of the validation loss (``hybrid.stopping.plateau``). Shares are of the training."""
+
+    enabled: bool = True
+    min_delta: float = 0.001  # nats; a smaller fall is no improvement
+    reduce: bool = True
+    reduce_after: float = 0.15
+    lr_factor: float = 0.6
+    stop: bool = True
+    stop_after: float = 0.2
+
+
+@dataclass
+class ReductionsRule:
+    """Reductions of the learning rate by the plateau rule that did not help."""
+
+    enabled: bool = True
+    limit: int = 2
+    min_gain: float = 0.01  # nats that a reduction has to bring
+
+
+@dataclass
+class OscillationRule:
+    enabled: bool = True
+    swing: float = 0.5  # nats from trough to crest of the validation loss
+    window: float = 0.2  # share of the training
+    rises: int = 2  # of more than ``swing`` within the window
+
+
+@dataclass
+class CollapseRule:
+    """A branch's output is constant."""
+
+    enabled: bool = True
+    variance: float = 1e-6
+    probes: int = 2  # in a row
+
+
+@dataclass
+class GradRatioRule:
+    """The gradient ratio RWKV/Mamba is outside the limits in every logged row."""
+
+    enabled: bool = True
+    low: float = 0.1
+    high: float = 10.0
+    share: float = 0.05  # of the training ...
+    min_steps: int = 250  # ... and at least so many steps
+
+
+@dataclass
+class StoppingConfig:
+    """Rules that end a run early or lower its learning rate. What they find stands in the record in any case."""
+
+    act: bool | None = None  # whether they act; where it is not set: in single runs, not in those of a sweep
+    overfitting: OverfittingRule = field(default_factory=OverfittingRule)
+    plateau: PlateauRule = field(default_factory=PlateauRule)
+    reductions: ReductionsRule = field(default_factory=ReductionsRule)
+    oscillation: OscillationRule = field(default_factory=OscillationRule)
+    collapse: CollapseRule = field(default_factory=CollapseRule)
+    grad_ratio: GradRatioRule = field(default_factory=GradRatioRule)
+
+
+@dataclass
 class SearchConfig:
     """A search with Optuna, in every arm of the sweep; none where ``n_trials`` is not set."""
 
@@ -193,6 +266,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     display: DisplayConfig = field(default_factory=DisplayConfig)
     seed_init: int = 0  # initialisation and dropout

@@ -24,6 +24,7 @@ class Watcher:
     """Base of all watchers. ``state`` is what it remembers: plain JSON values, part of the run's checkpoints."""
 
     name: str
+    needs_probe = False  # whether it reads rows of kind probe, which cost a forward pass at every evaluation
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
@@ -47,4 +48,6 @@ class Watcher:
 
 def build_watchers(cfg: Config) -> list[Watcher]:
     """The watchers that the configuration asks for."""
-    return []
+    from hybrid.stopping.watcher import StoppingRules  # which is a watcher itself
+
+    return [StoppingRules(cfg)]

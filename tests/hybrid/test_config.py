@@ -55,6 +55,7 @@ def choices() -> list[tuple[str, str]]:
         "schedule",
         "trainer",
         "kernels",
+        "stopping",
         "blocks",
         "gate_init",
         "sweep",
@@ -76,13 +77,14 @@ def test_every_choice_is_valid_and_reads_back_the_same(group: str, option: str, 
     assert again == cfg and identity(again) == identity(cfg)
     if group in ("sampler", "pruner"):
         assert getattr(cfg.sweep.search, group)["_target_"].startswith(f"optuna.{group}s.")
-    elif group not in ("blocks", "gate_init", "sweep", "trainer"):
+    elif group not in ("blocks", "gate_init", "sweep", "trainer", "stopping"):
         assert getattr(cfg, group).name == option if group != "kernels" else cfg.kernels.wkv6 == option
 
 
 def test_files_of_a_group_say_the_schemas_defaults() -> None:
     """A key that a file leaves out would silently take the schema's value; the two must agree."""
-    for group, option in (("optim", "adamw"), ("schedule", "cosine"), ("trainer", "default"), ("kernels", "auto")):
+    for group, option in (("optim", "adamw"), ("schedule", "cosine"), ("trainer", "default"), ("kernels", "auto"),
+                          ("stopping", "default")):  # fmt: skip
         found = dataclasses.asdict(getattr(config(), group))
         default = dataclasses.asdict({f.name: f for f in dataclasses.fields(Config)}[group].default_factory())
         assert found == default, f"{group}={option}"
@@ -127,6 +129,13 @@ BAD = [
     ("model.dropout=1", "[0, 1)"),
     ("model.dropout=-0.1", "[0, 1)"),
     ("model.dropout=nan", "[0, 1)"),
+    ("model.branch_dropout=[0.1]", "two shares"),
+    ("model.branch_dropout=[0.1,0.1,0.1]", "two shares"),
+    ("model.branch_dropout=[-0.1,0]", "two shares"),
+    ("model.branch_dropout=[0,1.1]", "two shares"),
+    ("model.branch_dropout=[nan,0]", "two shares"),
+    ("model.branch_dropout=[0.6,0.5]", "together at most 1"),
+    ("model.branch_dropout=0.5", ""),
     ("model.ffn_hidden=0", "at least 1"),
     ("model.ffn_mult=0", "above 0"),
     ("model.ffn_mult=inf", "above 0"),
@@ -193,6 +202,26 @@ BAD = [
     ("schedule.warmup_steps=5000", "below trainer.max_steps=5000"),
     ("schedule.min_lr_ratio=1.1", "[0, 1]"),
     ("schedule.min_lr=1", "optim.lr=0.0003"),
+    ("stopping.act=maybe", "bool"),
+    ("stopping.overfitting.rise=0", "above 0"),
+    ("stopping.overfitting.rise=nan", "above 0"),
+    ("stopping.overfitting.enabled=1.5", "bool"),
+    ("stopping.plateau.min_delta=-0.1", "at least 0"),
+    ("stopping.plateau.min_delta=inf", "at least 0"),
+    ("stopping.plateau.reduce_after=0", "strictly between 0 and 1"),
+    ("stopping.plateau.lr_factor=1", "strictly between 0 and 1"),
+    ("stopping.plateau.stop_after=1", "strictly between 0 and 1"),
+    ("stopping.reductions.limit=0", "at least 1"),
+    ("stopping.reductions.min_gain=0", "above 0"),
+    ("stopping.oscillation.swing=-1", "above 0"),
+    ("stopping.oscillation.window=20", "strictly between 0 and 1"),
+    ("stopping.oscillation.rises=0", "at least 1"),
+    ("stopping.collapse.variance=0", "above 0"),
+    ("stopping.collapse.probes=0", "at least 1"),
+    ("stopping.grad_ratio.low=10", "below stopping.grad_ratio.high=10"),
+    ("stopping.grad_ratio.high=0", "above 0"),
+    ("stopping.grad_ratio.min_steps=0", "at least 1"),
+    ("stopping.grad_ratio.share=nan", "strictly between 0 and 1"),
     ("trainer.max_steps=0", "at least 1"),
     ("trainer.max_steps=1.5", "Integer"),
     ("trainer.batch_size=0", "at least 1"),
@@ -247,6 +276,7 @@ def test_bad_value_is_refused_in_a_line_that_names_the_key(override: str, words:
         (("fusion=cross_attention", "fusion.head_dim=null"), "fusion.head_dim is not set"),
         (("data=text", "data.works=[hamlet]"), "data.works goes with data=shakespeare only"),
         (("fusion=gain", "fusion.gain_init=[nan,1]"), "fusion.gain_init"),
+        (("model=rwkv6", "model.branch_dropout=[0,0.1]"), "no block has two branches"),
         (("model=transformer", "model.attention.rope_base=0"), "model.attention.rope_base"),
         (("model=transformer", "model.attention.rope_base=-3"), "model.attention.rope_base"),
         (("model=transformer", "model.attention.rope_base=nan"), "model.attention.rope_base"),
@@ -386,11 +416,35 @@ NO_IDENTITY = {"variant", "out", "data.path", "data.cache_dir", "trainer.checkpo
 def test_identity_reacts_to_what_can_change_a_result(key: str) -> None:
     cfg = config("model.pattern=P A")
     same = identity(cfg) == identity(changed(cfg, key))
-    assert same == (key in NO_IDENTITY or key.startswith(("display.", "sweep.")))
+    # A sweep's name and stopping.act say whether stopping rules act, see below: they do in cfg.
+    no_identity = key in NO_IDENTITY or (key.startswith(("display.", "sweep.")) and key != "sweep.name")
+    assert same == (no_identity or key == "stopping.act")
+
+
+def test_identity_has_of_the_stopping_rules_those_that_can_act() -> None:
+    def stopping(*overrides: str) -> dict[str, dict[str, float]]:
+        return identity(config(*overrides))["stopping"]
+
+    alone = stopping()
+    assert alone.keys() == {"overfitting", "plateau", "reductions", "oscillation", "collapse", "grad_ratio"}
+    assert alone["overfitting"] == {"rise": 0.1} and stopping("stopping.act=true") == alone
+    for none in (("sweep.name=x",), ("stopping.act=false", "stopping.overfitting.rise=0.2"), ("stopping=off",)):
+        assert stopping(*none) == {}
+    assert stopping("sweep.name=x", "stopping.act=true") == alone
+    assert stopping("stopping.collapse.enabled=false", "stopping.collapse.probes=9") == {
+        name: rule for name, rule in alone.items() if name != "collapse"
+    }
+    no_reduction = stopping("stopping.plateau.reduce=false", "stopping.plateau.lr_factor=0.7")
+    assert no_reduction["plateau"] == {"min_delta": 0.001, "reduce": False, "stop": True, "stop_after": 0.2}
+    assert "reductions" not in no_reduction and "reductions" not in stopping("stopping.plateau.enabled=false")
+    no_stop = stopping("stopping.plateau.stop=false", "stopping.plateau.stop_after=0.3")
+    assert "stop_after" not in no_stop["plateau"] and "reductions" in no_stop
+    assert "plateau" not in stopping("stopping.plateau.stop=false", "stopping.plateau.reduce=false")
 
 
 def test_identity_leaves_out_what_the_model_does_not_have() -> None:
     one = config("model=rwkv6", "fusion=gain")
+    assert "branch_dropout" not in identity(one)["model"]
     for other in ("fusion=gated", "model.mamba.state_size=64", "model.attention.num_heads=2", "kernels.ssd=torch"):
         overrides = ("fusion=gain", other) if not other.startswith("fusion") else (other,)
         assert identity(config("model=rwkv6", *overrides)) == identity(one), other

@@ -62,12 +62,18 @@ def test_what_can_change_a_result_changes_identity_and_folder(small: Setting, ov
 @pytest.mark.parametrize(
     "override",
     [
-        "variant=x", "out=/tmp/elsewhere", "sweep.name=x", "display.progress=off", "display.run_index=2",
+        "variant=x", "out=/tmp/elsewhere", "display.progress=off", "display.run_index=2",
         "trainer.checkpoint_every=7", "trainer.dtype=float32", "trainer.dtype=auto", "kernels.wkv6=torch",
     ],
 )  # fmt: skip
 def test_names_paths_and_display_do_not_change_identity(small: Setting, override: str) -> None:
     assert identifier(small) == identifier(small, override)
+
+
+def test_a_sweeps_name_changes_identity_only_by_what_the_stopping_rules_do(small: Setting) -> None:
+    one, other = (identifier(small, f"sweep.name={name}") for name in "xy")
+    assert one == other == identifier(small, "stopping.act=false") == identifier(small, "stopping=off")
+    assert identifier(small) == identifier(small, "stopping.act=true", "sweep.name=x") != one
 
 
 def test_identity_sees_the_text_and_not_its_path(small: Setting, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid import build_model
 from hybrid.progress import RunProgress
 from hybrid.records import RunFolder
 from hybrid.training.loop import Interrupted, Trainer
 from hybrid.training.member import Member
 from hybrid.training.stack import SMALL_VOCABULARY, Stack, embed
-from hybrid.training.step import StackStep
+from hybrid.training.step import StackStep, build_step
 from tests.hybrid.trainers import model_of, stir
 from tests.runs import Setting, rows, weights
 
@@ -210,6 +211,23 @@ def test_a_member_that_ends_early_leaves_the_others_alone(
     assert (lost["status"], lost["stop_reason"]) == ("diverged", "training loss not finite at step 4")
     assert fine["status"] == "completed" and rows(good) == rows(whole[1])
     assert max(row["step"] for row in rows(bad)) == 6 and not (bad.checkpoints / "final.safetensors").exists()
+
+
+def test_the_learning_rate_of_one_member_alone_is_lowered(small: Setting) -> None:
+    runs = [small.plan(f"seed_init={seed}", f"seed_data={seed}", "schedule=linear") for seed in range(2)]
+
+    def trained(*seeds: int) -> list[dict[str, Tensor]]:
+        models = [build_model(runs[seed].cfg) for seed in seeds]
+        step = build_step([runs[seed].cfg for seed in seeds], models, runs[0].corpus)
+        for number in range(1, 9):
+            if number == 5 and 1 in seeds:
+                step.scale_lr(seeds.index(1), 0.25)
+            step.run(number)
+        return [model.state_dict() for model in models]
+
+    for alone, member in zip([*trained(0), *trained(1)], trained(0, 1), strict=True):
+        for name, weight in alone.items():
+            assert closeness(member[name], weight) < 1e-4, name
 
 
 # ---- on a GPU: compiled blocks and one graph a step

@@ -110,7 +110,7 @@ def test_an_arm_differs_from_another_in_what_its_name_says(sweep: Sweep) -> None
 def test_a_run_of_a_sweep_is_the_run_alone(sweep: Sweep) -> None:
     """Nothing of the runs before it in the process shows in its results."""
     name = sweep.plan["runs"][3]["folder"]
-    folder, summary = sweep.setting.run("fusion=gated", "seed_init=1", "seed_data=1")
+    folder, summary = sweep.setting.run("fusion=gated", "seed_init=1", "seed_data=1", "stopping.act=false")
     assert results(strict_json((sweep.root / name / "summary.json").read_text())) == results(summary)
     assert rows(sweep.root / name) == rows(folder)
     assert same_weights(weights(sweep.root / name), weights(folder))

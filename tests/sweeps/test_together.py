@@ -22,7 +22,7 @@ def records(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def plans(small: Setting, *each: tuple[str, ...]) -> list[PlannedRun]:
-    return [small.plan("variant=x", *overrides) for overrides in each]
+    return [small.plan("variant=x", "sweep.name=s", *overrides) for overrides in each]
 
 
 def test_runs_that_differ_by_seeds_are_grouped(small: Setting) -> None:
