@@ -72,6 +72,8 @@ def read_composed(composed: DictConfig) -> Config:
 
 def validate(cfg: Config) -> None:
     """Raise ``ConfigError`` for the first value that no run could use."""
+    from hybrid.gates import settings as gate_settings  # needs ConfigError itself
+
     _validate_model(cfg.model)
     _validate_fusion(cfg.fusion, cfg.model)
     for key in ("seed_init", "seed_data"):
@@ -112,6 +114,7 @@ def validate(cfg: Config) -> None:
     _one_of("trainer.dtype", trainer.dtype, ["auto", "float32", "bfloat16"])
     _one_of("kernels.wkv6", cfg.kernels.wkv6, ["auto", "torch", "triton", "fla", "triton+fla"])
     _one_of("kernels.ssd", cfg.kernels.ssd, ["auto", "torch", "triton", "mamba_ssm", "triton+mamba_ssm"])
+    gate_settings.check(cfg.gates)
     _one_of("display.progress", cfg.display.progress, ["auto", "bar", "plain", "off"])
     _one_of("data.name", data.name, group_options("data"))
     _one_of("data.tokenizer", data.tokenizer, ["char", "bpe"])
@@ -240,6 +243,8 @@ def parse_count(key: str, value: Any) -> int | None:
 
 def identity(cfg: Config) -> dict[str, Any]:
     """The part of a configuration that can change a result, as plain data: what ``run_id`` hashes."""
+    from hybrid.gates import settings as gate_settings
+
     plain = to_plain(cfg)
     for dotted in NOT_IDENTITY:
         *parents, leaf = dotted.split(".")
@@ -247,6 +252,7 @@ def identity(cfg: Config) -> dict[str, Any]:
         for parent in parents:
             node = node.get(parent, {})
         node.pop(leaf, None)
+    plain["gates"] = gate_settings.identity(plain["gates"])
     # Options of what the model does not have change nothing either.
     parts, model = used_parts(cfg.model), plain["model"]
     kernels = plain["kernels"]

@@ -55,11 +55,12 @@ class RunProgress:
         if self.bar is not None:
             self.bar.stop()
 
-    def message(self, text: str) -> None:
-        """A line for the log, and for the person unless progress is off."""
+    def message(self, text: str, alarm: bool = False) -> None:
+        """A line for the log, and for the person unless progress is off; an ``alarm`` is red on a terminal."""
         self.note(text)
         if self.style != "off":
-            self.console.print(f"{self.prefix}{self.name}: {text}", soft_wrap=True, markup=False)
+            style = "bold red" if alarm else None
+            self.console.print(f"{self.prefix}{self.name}: {text}", soft_wrap=True, markup=False, style=style)
 
     def begin(self, step: int) -> None:
         """Start the clock; ``step`` steps are done already."""

@@ -32,6 +32,7 @@ PACKAGE = Path(__file__).resolve().parent
 NOT_RESULTS = (
     "progress.py", "generate.py", "memory.py", "monitor.py", "profile.py", "training/board.py", "bench/",
     "diagnose.py", "diagnostics/",
+    "gates/__main__.py", "gates/trial.py", "gates/table.py",
 )  # fmt: skip
 
 
@@ -107,6 +108,7 @@ class RunFolder:
         self.variant = self.path.name.removesuffix(f"-{identifier[:8]}")
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.probes = self.path / "probe.jsonl"  # apart: rows of many numbers that few readers want
         self.log = self.path / "log.txt"
 
     def create(self, cfg: Config, corpus: Corpus) -> None:
@@ -147,7 +149,7 @@ class RunFolder:
         return read_summary(self.path)
 
     def append(self, row: dict[str, Any]) -> None:
-        with self.metrics.open("a") as handle:
+        with (self.probes if row.get("kind") == "probe" else self.metrics).open("a") as handle:
             handle.write(json.dumps(finite(row)) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -161,14 +163,15 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drop the logged steps that a resumed run will log again, and a line torn by the interruption."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        write_text_atomically(self.metrics, "".join(kept))
+        for path in (self.metrics, self.probes):
+            if not path.exists():
+                continue
+            kept = []
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+            write_text_atomically(path, "".join(kept))
 
     def note(self, text: str) -> None:
         with self.log.open("a") as handle:

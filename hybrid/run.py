@@ -234,7 +234,8 @@ def train(jobs: list[Job]) -> tuple[list[dict[str, Any]], bool]:
             Member(r.cfg, r.corpus, r.folder, job.progress, job.judge) for r, job in zip(runs, jobs, strict=True)
         ]
         trainer = Trainer(*members)
-        slow = jobs[0].run.cfg.trainer.device != "cpu" and "torch" in trainer.environment["kernels"].values()
+        kernels = jobs[0].run.cfg.kernels
+        slow = jobs[0].run.cfg.trainer.device != "cpu" and "torch" in (kernels.wkv6, kernels.ssd)
         for job in jobs:
             job.run.folder.note(f"kernels: {trainer.environment['kernels']}, device: {trainer.environment['device']}")
             if slow:

@@ -212,6 +212,75 @@ class StoppingConfig:
 
 
 @dataclass
+class Band:
+    """A gate passes inside ``passes``, warns inside ``warns`` and fails elsewhere; both [low, high]."""
+
+    passes: list[float]
+    warns: list[float]
+
+
+@dataclass
+class OnFailConfig:
+    """What a failed gate does: warn | stop."""
+
+    G0: str = "stop"
+    G1: str = "stop"
+    G2: str = "warn"
+    G3: str = "warn"
+    G3_5: str = "warn"
+    G4: str = "warn"
+
+
+@dataclass
+class EntropyGateConfig:
+    """G2: entropy of the next-token distribution at step 0."""
+
+    reading: str = "normalised"  # normalised | specified: which decides
+    specified: Band = field(default_factory=lambda: Band([2.0, 5.0], [1.0, 8.0]))  # nats
+    normalised: Band = field(default_factory=lambda: Band([0.9, 1.01], [0.7, 1.01]))  # divided by ln V
+
+
+@dataclass
+class TrainingGateConfig:
+    """G3: the first steps."""
+
+    steps: int = 1000
+    grad_norm: Band = field(default_factory=lambda: Band([0.5, 1.5], [0.0, 5.0]))  # median
+
+
+@dataclass
+class StateGateConfig:
+    """G3.5: health of the recurrent states, at every evaluation; shares are parts of 1."""
+
+    reading: str = "calibrated"  # calibrated | specified: which cosine decides
+    cosine: Band = field(default_factory=lambda: Band([-1.0, 0.95], [-1.0, 0.99]))
+    top5_share: Band = field(default_factory=lambda: Band([0.5, 1.0], [0.3, 1.0]))
+    saturated: Band = field(default_factory=lambda: Band([0.0, 0.1], [0.0, 0.3]))  # share of |values| > 5
+    closed_gates: Band = field(default_factory=lambda: Band([0.0, 0.1], [0.0, 0.3]))  # share within 0.01 of 0 or 1
+    least_variance: float = 1e-6  # of a branch's output; below, the branch is dead
+
+
+@dataclass
+class BalanceGateConfig:
+    """G4: gradient ratio RWKV/Mamba."""
+
+    every: int = 100  # steps
+    grad_ratio: Band = field(default_factory=lambda: Band([0.3, 3.0], [0.1, 10.0]))
+
+
+@dataclass
+class GatesConfig:
+    """The specification's checks on every run (``hybrid.gates``)."""
+
+    enabled: bool = True
+    on_fail: OnFailConfig = field(default_factory=OnFailConfig)
+    G2: EntropyGateConfig = field(default_factory=EntropyGateConfig)
+    G3: TrainingGateConfig = field(default_factory=TrainingGateConfig)
+    G3_5: StateGateConfig = field(default_factory=StateGateConfig)
+    G4: BalanceGateConfig = field(default_factory=BalanceGateConfig)
+
+
+@dataclass
 class SearchConfig:
     """A search with Optuna, in every arm of the sweep; none where ``n_trials`` is not set."""
 
@@ -266,6 +335,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    gates: GatesConfig = field(default_factory=GatesConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     display: DisplayConfig = field(default_factory=DisplayConfig)

@@ -72,7 +72,8 @@ class Trainer:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         options = {key: getattr(self.cfg.trainer, key) for key in ("dtype", "compile", "cuda_graph", "cpu_threads")}
         options["members"] = len(members)
-        self.environment = environment(name, asdict(self.cfg.kernels)) | options
+        served = asdict(self.cfg.kernels) | {"conv": "torch"}  # Mamba-2's short convolution has no kernel of its own
+        self.environment = environment(name, served) | options
         self.step = build_step([m.cfg for m in members], [m.model for m in members], self.corpus)
         torch.manual_seed(self.cfg.seed_init)  # dropout
 
@@ -111,6 +112,8 @@ class Trainer:
                     member.validate(0)
             clock, clock_step = time.monotonic(), start
             for step in range(start + 1, trainer.max_steps + 1):
+                if not self.running:  # stopped before the first step
+                    break
                 self._update(step)
                 last, asked = step == trainer.max_steps, stop.asked
                 log, due = step % trainer.log_every == 0 or last, step % trainer.eval_every == 0 or last

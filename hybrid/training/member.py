@@ -13,6 +13,7 @@ import torch
 from hybrid import build_model
 from hybrid.data import Corpus
 from hybrid.model import HybridLM
+from hybrid.probe import Probe
 from hybrid.progress import RunProgress
 from hybrid.records import RunFolder
 from hybrid.schema import Config
@@ -21,9 +22,7 @@ from hybrid.training.board import Board
 from hybrid.training.evaluation import Evaluation, Evaluator
 from hybrid.training.optimizer import group_of, peak_lr
 from hybrid.training.schedule import lr_factor
-from hybrid.training.watching import Action, Watcher, build_watchers
-
-RATIO_WINDOW = 10  # logged steps behind the summary's gradient ratio
+from hybrid.training.watching import RATIO_WINDOW, RED_FLAG, Action, Watcher, build_watchers
 
 # Called after every evaluation but the first and the last with its step and loss in nats per token; a text stops the
 # run and is its reason.
@@ -49,6 +48,8 @@ class Member:
             graph=cfg.trainer.cuda_graph,
         )  # fmt: skip
         self.watchers: list[Watcher] = build_watchers(cfg)
+        wanted = any(watcher.needs_probe for watcher in self.watchers)
+        self.probe = Probe(self.model, corpus, self.device, self.evaluate.dtype) if wanted else None
         self.wants_to_stop: str | None = None  # a watcher's reason; acted upon after an evaluation
         self.board: Board | None = None
         self.status: str | None = None
@@ -102,7 +103,7 @@ class Member:
     def act(self, watcher: Watcher, action: Action | None) -> None:
         """Say what a watcher found, and do what it asks for; a run stops at the next evaluation, which is made."""
         for line in watcher.news():
-            self.progress.message(line)
+            self.progress.message(line, alarm=line.startswith(RED_FLAG))
         if action is None:
             return
         if action.lr_factor is None:
@@ -159,6 +160,8 @@ class Member:
         if evaluation.gate_mean is not None:
             row["gate_mean"] = evaluation.gate_mean
         self.record(row)
+        if self.probe is not None:
+            self.record(self.probe(step))
         if evaluation.loss < state["best_val_loss"]:
             state["best_val_loss"], state["best_step"] = evaluation.loss, step
             checkpoint.save_weights(self.model, self.folder.checkpoints / "best.safetensors")
@@ -195,7 +198,7 @@ class Member:
 
     def record(self, row: dict[str, Any]) -> None:
         self.folder.append(row)
-        if self.board is not None:
+        if self.board is not None and row["kind"] != "probe":
             self.board.add(row)
         for watcher in self.watchers:
             self.act(watcher, watcher.see(row))

@@ -11,6 +11,9 @@ from typing import Any
 
 from hybrid.schema import Config
 
+RATIO_WINDOW = 10  # logged steps behind the gradient ratio of summary and gate
+RED_FLAG = "red flag"  # begins the news that a person should see at once
+
 
 @dataclass(frozen=True)
 class Action:
@@ -42,12 +45,13 @@ class Watcher:
         return {}
 
     def news(self) -> list[str]:
-        """Red flags raised by the last row, one line each, for the log and the person who watches."""
+        """What the last row changed, a line each, for the log and the person who watches: red after ``RED_FLAG``."""
         return []
 
 
 def build_watchers(cfg: Config) -> list[Watcher]:
     """The watchers that the configuration asks for."""
-    from hybrid.stopping.watcher import StoppingRules  # which is a watcher itself
+    from hybrid.gates.watching import GateWatcher
+    from hybrid.stopping.watcher import StoppingRules  # both are watchers themselves
 
-    return [StoppingRules(cfg)]
+    return [*([GateWatcher(cfg)] if cfg.gates.enabled else []), StoppingRules(cfg)]

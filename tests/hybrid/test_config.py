@@ -55,6 +55,7 @@ def choices() -> list[tuple[str, str]]:
         "schedule",
         "trainer",
         "kernels",
+        "gates",
         "stopping",
         "blocks",
         "gate_init",
@@ -77,6 +78,8 @@ def test_every_choice_is_valid_and_reads_back_the_same(group: str, option: str, 
     assert again == cfg and identity(again) == identity(cfg)
     if group in ("sampler", "pruner"):
         assert getattr(cfg.sweep.search, group)["_target_"].startswith(f"optuna.{group}s.")
+    elif group == "gates":
+        assert cfg.gates.enabled == (option == "default")
     elif group not in ("blocks", "gate_init", "sweep", "trainer", "stopping"):
         assert getattr(cfg, group).name == option if group != "kernels" else cfg.kernels.wkv6 == option
 
@@ -84,7 +87,7 @@ def test_every_choice_is_valid_and_reads_back_the_same(group: str, option: str, 
 def test_files_of_a_group_say_the_schemas_defaults() -> None:
     """A key that a file leaves out would silently take the schema's value; the two must agree."""
     for group, option in (("optim", "adamw"), ("schedule", "cosine"), ("trainer", "default"), ("kernels", "auto"),
-                          ("stopping", "default")):  # fmt: skip
+                          ("gates", "default"), ("stopping", "default")):  # fmt: skip
         found = dataclasses.asdict(getattr(config(), group))
         default = dataclasses.asdict({f.name: f for f in dataclasses.fields(Config)}[group].default_factory())
         assert found == default, f"{group}={option}"
@@ -394,6 +397,8 @@ def changed(cfg: Config, key: str) -> Config:
     value = getattr(node, leaf)
     if isinstance(value, bool):
         other = not value
+    elif "on_fail" in parents:
+        other = "warn" if value == "stop" else "stop"
     elif isinstance(value, int | float):
         other = value + 1
     elif isinstance(value, list):
@@ -418,7 +423,8 @@ def test_identity_reacts_to_what_can_change_a_result(key: str) -> None:
     same = identity(cfg) == identity(changed(cfg, key))
     # A sweep's name and stopping.act say whether stopping rules act, see below: they do in cfg.
     no_identity = key in NO_IDENTITY or (key.startswith(("display.", "sweep.")) and key != "sweep.name")
-    assert same == (no_identity or key == "stopping.act")
+    warns_only = ("gates.G2.", "gates.G3.", "gates.G3_5.", "gates.G4.")  # such a gate changes nothing of a run
+    assert same == (no_identity or key == "stopping.act" or key.startswith(warns_only))
 
 
 def test_identity_has_of_the_stopping_rules_those_that_can_act() -> None:

@@ -370,7 +370,7 @@ def test_summary_says_what_it_was_made_with(finished: tuple[RunFolder, dict[str,
     assert data["name"] == "text" and len(data["sha256"]) == len(data["tokenizer_sha256"]) == 64
     assert environment["versions"]["torch"] == torch.__version__ and environment["device"] == "cpu"
     assert {"python", "flash-linear-attention", "hydra-core", "numpy"} <= environment["versions"].keys()
-    assert environment["kernels"] == {"wkv6": "torch", "ssd": "torch"}
+    assert environment["kernels"] == {"wkv6": "torch", "ssd": "torch", "conv": "torch"}
     assert environment.keys() >= {"git_commit", "git_dirty", "code_version"}
     commit = environment["git_commit"]
     assert commit is None or re.fullmatch(r"[0-9a-f]{40}", commit)
@@ -397,7 +397,8 @@ def test_summary_agrees_with_the_metrics(finished: tuple[RunFolder, dict[str, An
 def test_the_folder_holds_what_the_design_says(finished: tuple[RunFolder, dict[str, Any]]) -> None:
     folder, summary = finished
     names = {path.name for path in folder.path.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "summary.json", "log.txt", "checkpoints", "tokenizer.json", "lock"}
+    assert names == {"config.yaml", "metrics.jsonl", "probe.jsonl", "summary.json", "log.txt", "checkpoints",
+                     "tokenizer.json", "lock"}  # fmt: skip
     assert load_tokenizer(folder.path / "tokenizer.json").sha256 == summary["data"]["tokenizer_sha256"]
     log = folder.log.read_text()
     assert f"{summary['params']['total']:,}" in log and "rwkv" in log

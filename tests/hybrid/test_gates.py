@@ -1,0 +1,436 @@
+"""The gates: on rows made by hand at and around every threshold, on models with something wrong, and in real runs."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+from hybrid import build_model
+from hybrid.config import ConfigError, identity
+from hybrid.gates.training import fall_of
+from hybrid.gates.watching import ALL, GateWatcher
+from hybrid.model import HybridLM
+from hybrid.probe import Probe
+from hybrid.run import execute
+from hybrid.training import member
+from hybrid.training.loop import Trainer
+from hybrid.training.watching import RED_FLAG
+from tests.hybrid.configs import config, stirred
+from tests.hybrid.configs import small as small_config
+from tests.hybrid.trainers import CPU
+from tests.runs import Setting, rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ENVIRONMENT = {"device": "cpu", "kernels": {"wkv6": "torch", "ssd": "torch", "conv": "torch"}}
+GOOD = {"cosine": 0.9, "novelty": 2.0, "top5_share": 0.8, "effective_rank": 6.0, "saturated": 0.0}
+
+
+def branch(variance: float = 1.0, **worst: float) -> dict[str, Any]:
+    return {"rms": 1.0, "variance": variance} | {
+        name: {"median": value, "worst": worst.get(name, value)} for name, value in GOOD.items()
+    }
+
+
+def probe_row(
+    step: int = 0,
+    rwkv: dict[str, Any] | None = None,
+    mamba: dict[str, Any] | None = None,
+    closed: float = 0.0,
+    **more: Any,
+) -> dict[str, Any]:
+    """A healthy model's row, layer 0 with both branches, but for what is given."""
+    layer = {
+        "layer": 0, "cosine": 0.1, "gate": {"mean": 0.5, "saturated": closed},
+        "branches": {"rwkv": rwkv or branch(), "mamba": mamba or branch()},
+    }  # fmt: skip
+    return {"kind": "probe", "step": step, "entropy": 4.5, "entropy_normalised": 0.99, "finite": True, "shape_ok": True,
+            "layers": [layer]} | more  # fmt: skip
+
+
+def train_rows(
+    losses: list[float], norms: list[float] | float = 1.0, ratio: float = 1.0, every: int = 10
+) -> list[dict]:
+    norms = norms if isinstance(norms, list) else [norms] * len(losses)
+    return [
+        {"kind": "train", "step": every * (i + 1), "loss": loss, "grad_norm": norm, "grad_ratio": ratio}
+        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True))
+    ]
+
+
+FALLING = [4.5 - 0.02 * i for i in range(20)]
+
+
+def told(rows: list[dict[str, Any]], *overrides: str, environment: dict[str, Any] = ENVIRONMENT) -> GateWatcher:
+    watcher = GateWatcher(config("schedule.warmup_steps=0", *overrides))
+    watcher.begin(environment)
+    for row in rows:
+        watcher.see(row)
+    return watcher
+
+
+def verdict(gate: str, rows: list[dict[str, Any]], *overrides: str, **more: Any) -> str:
+    return told(rows, *overrides, **more).summary()["gates"][gate]["verdict"]
+
+
+def served(device: str = "cpu", **kernels: str | None) -> dict[str, Any]:
+    return {"device": device, "kernels": ENVIRONMENT["kernels"] | kernels}
+
+
+# A new gate gets its rows here: (gate, rows, verdict, overrides).
+CASES: list[tuple[str, list[dict[str, Any]], str, tuple[str, ...]]] = [
+    ("G1", [probe_row()], "pass", ()),
+    ("G1", [probe_row(finite=False, entropy=None, entropy_normalised=None)], "fail", ()),
+    ("G1", [probe_row(shape_ok=False)], "fail", ()),
+    ("G1", [probe_row(step=100, finite=False)], "n/a", ()),  # at the start only
+    *(("G2", [probe_row(entropy=value)], found, ("gates.G2.reading=specified",)) for value, found in (
+        (2.0, "pass"), (5.0, "pass"), (3.5, "pass"), (1.99, "warn"), (5.01, "warn"), (1.0, "warn"), (8.0, "warn"),
+        (0.99, "fail"), (8.01, "fail"), (None, "fail"),
+    )),
+    *(("G2", [probe_row(entropy_normalised=value)], found, ()) for value, found in (
+        (0.9, "pass"), (1.01, "pass"), (0.89, "warn"), (0.7, "warn"), (0.69, "fail"), (1.02, "fail"),
+    )),
+    ("G2", [probe_row(entropy=None, entropy_normalised=None)], "fail", ()),
+    ("G2", [probe_row(entropy=0.0, entropy_normalised=None)], "n/a", ()),  # one symbol: nothing to be unsure of
+    ("G2", [probe_row(), probe_row(step=10, entropy_normalised=0.3)], "pass", ()),  # at step 0 only
+    *(("G3", train_rows(FALLING, norm), found, ()) for norm, found in (
+        (0.5, "pass"), (1.5, "pass"), (0.49, "warn"), (1.51, "warn"), (3.0, "warn"), (4.0, "warn"), (5.0, "warn"),
+        (5.01, "fail"),
+    )),
+    ("G3", train_rows(FALLING, [1.0] * 11 + [900.0] * 9), "pass", ()),  # the median
+    ("G3", train_rows(FALLING[::-1]), "fail", ()),
+    ("G3", train_rows([4.5] * 20), "warn", ()),
+    ("G3", train_rows(FALLING[:5]), "n/a", ()),
+    ("G3", train_rows(FALLING[:6]), "pass", ()),
+    ("G3", train_rows([*FALLING, math.nan]), "fail", ()),
+    ("G3", train_rows([*FALLING, None]), "fail", ()),  # as a record has it
+    ("G3", train_rows([*FALLING, *[9.0] * 200], every=50), "pass", ()),  # after step 1,000 it no longer looks
+    *(("G3.5", [probe_row(mamba=branch(novelty=value))], found, ()) for value, found in (
+        # calibrated cosine sqrt(1 - novelty^2): 0.9499, 0.9501, 0.98995, 0.99010
+        (0.3126, "pass"), (0.3119, "warn"), (0.1415, "warn"), (0.1403, "fail"), (0.0, "fail"), (7.0, "pass"),
+    )),
+    *(("G3.5", [probe_row(rwkv=branch(cosine=value))], found, ("gates.G3_5.reading=specified",)) for value, found in (
+        (-0.9, "pass"), (0.949, "pass"), (0.95, "warn"), (0.99, "warn"), (0.991, "fail"), (1.0, "fail"),
+    )),
+    *(("G3.5", [probe_row(rwkv=branch(top5_share=value))], found, ()) for value, found in (
+        (0.501, "pass"), (0.5, "warn"), (0.3, "warn"), (0.299, "fail"), (1.0, "pass"),
+    )),
+    *(("G3.5", [probe_row(mamba=branch(saturated=value))], found, ()) for value, found in (
+        (0.099, "pass"), (0.1, "warn"), (0.3, "warn"), (0.301, "fail"), (1.0, "fail"),
+    )),
+    # RWKV-6 normalises what it reads from its state.
+    ("G3.5", [probe_row(rwkv=branch(saturated=0.9))], "warn", ()),
+    ("G3.5", [probe_row(rwkv=branch(saturated=0.9))], "fail", ("gates.G3_5.reading=specified",)),
+    *(("G3.5", [probe_row(closed=value)], found, ()) for value, found in (
+        (0.09, "pass"), (0.1, "warn"), (0.31, "fail"),
+    )),
+    ("G3.5", [probe_row(finite=False)], "fail", ()),
+    # Slow decay: frozen by the specification, renewed by the calibrated reading.
+    ("G3.5", [probe_row(mamba=branch(cosine=0.9999))], "pass", ()),
+    ("G3.5", [probe_row(mamba=branch(cosine=0.9999))], "fail", ("gates.G3_5.reading=specified",)),
+    # A branch without variance: by design at the start, dead after the warm-up or once it was alive.
+    ("G3.5", [probe_row(rwkv=branch(variance=0.0))], "pass", ()),
+    ("G3.5", [probe_row(100, rwkv=branch(variance=0.0))], "pass", ("schedule.warmup_steps=5",)),
+    ("G3.5", [probe_row(101, rwkv=branch(variance=0.0))], "fail", ("schedule.warmup_steps=5",)),
+    ("G3.5", [probe_row(300, rwkv=branch(variance=0.0))], "pass", ("schedule.warmup_steps=300",)),
+    ("G3.5", [probe_row(301, rwkv=branch(variance=0.0))], "fail", ("schedule.warmup_steps=300",)),
+    ("G3.5", [probe_row(), probe_row(3, rwkv=branch(variance=9e-7))], "fail", ("schedule.warmup_steps=5",)),
+    ("G3.5", [probe_row(600, rwkv=branch(variance=1e-6))], "pass", ()),
+    *(("G4", train_rows(FALLING, ratio=value), found, ()) for value, found in (
+        (0.3, "pass"), (3.0, "pass"), (0.29, "warn"), (0.1, "warn"), (3.1, "warn"), (10.0, "warn"), (0.099, "fail"),
+        (10.1, "fail"), (math.nan, "fail"),
+    )),
+    ("G4", train_rows(FALLING[:9], ratio=0.01), "n/a", ()),  # before step 100
+    ("G4", [*train_rows(FALLING[:8], ratio=0.01), *train_rows(FALLING)[8:15]], "warn", ()),  # 0.208 at step 100 ...
+    ("G4", [*train_rows(FALLING[:8], ratio=9.0), *train_rows(FALLING)[8:]], "pass", ()),  # ... and 1 at step 200
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"{CASES[i][0]}-{CASES[i][2]}-{i}")
+def test_verdicts(case: int) -> None:
+    gate, rows, expected, overrides = CASES[case]
+    found = told(rows, *overrides).summary()["gates"][gate]
+    assert found["verdict"] == expected, found
+    assert isinstance(found["reading"], str) and "\n" not in found["reading"]
+
+
+def test_every_gate_has_all_its_cases() -> None:
+    for gate in ALL:
+        expected = {"pass", "fail"} | ({"warn"} if gate.name != "G1" else set())
+        if gate.name != "G0":  # below
+            assert expected <= {found for name, _, found, _ in CASES if name == gate.name}, gate.name
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "expected"),
+    [
+        (served(), (), "pass"),
+        (served("NVIDIA H100", wkv6="triton+fla", ssd="triton"), (), "pass"),
+        (served("NVIDIA H100", wkv6="triton", ssd="torch"), (), "warn"),
+        (served("NVIDIA H100", wkv6="triton", ssd="torch"), ("model=rwkv6",), "pass"),  # which has no ssd
+        (served(wkv6=None), (), "fail"),
+        (served(ssd="auto"), (), "fail"),
+        (served("NVIDIA H100"), ("kernels.wkv6=triton",), "fail"),  # another serves than was asked for
+        (served("NVIDIA H100", wkv6=None), ("model=mamba2",), "warn"),
+        (served(), ("model=transformer",), "n/a"),
+    ],
+)
+def test_kernels(environment: dict[str, Any], overrides: tuple[str, ...], expected: str) -> None:
+    assert verdict("G0", [], *overrides, environment=environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "gates"),
+    [("model=rwkv6", {"G4"}), ("model=mamba_mamba", {"G4"}), ("model=transformer", {"G0", "G3.5", "G4"}),
+     ("model=sequential_balanced", set()), ("model=hybrid_5m", set())],
+)  # fmt: skip
+def test_what_does_not_apply_is_no_pass(model: str, gates: set[str]) -> None:
+    training = train_rows(FALLING)
+    for row in training if "G4" in gates else ():
+        del row["grad_ratio"]  # such a model's rows have none
+    found = told([probe_row(), *training], model).summary()["gates"]
+    assert {name for name, record in found.items() if record["verdict"] == "n/a"} == gates
+    assert all(found[name]["worst"] == "n/a" for name in gates)
+
+
+# ---- thresholds that mean something
+
+
+def probed(model: HybridLM, vocab: int, tokens: int = 600, seq_len: int = 64) -> dict[str, Any]:
+    val = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(0)).numpy().astype(np.uint16)
+    return Probe(model, SimpleNamespace(val=val, seq_len=seq_len), CPU, torch.float32)(0)
+
+
+def test_specified_entropy_cannot_pass_with_ten_thousand_symbols_and_the_normalised_does() -> None:
+    row = probed(build_model(small_config("model.vocab_size=10000")), 10_000)
+    assert row["entropy"] == pytest.approx(math.log(10_000), abs=0.05)  # 9.21, and no distribution has more
+    found = told([row]).summary()["gates"]["G2"]
+    assert (found["verdict"], found["specified"]["verdict"]) == ("pass", "fail")
+    assert verdict("G2", [row], "gates.G2.reading=specified") == "fail"
+    few = probed(build_model(small_config("model.vocab_size=97")), 97)
+    assert verdict("G2", [few], "gates.G2.reading=specified") == verdict("G2", [few]) == "pass"
+
+
+@pytest.mark.parametrize("init", ["official", "fla"])
+def test_fresh_models_states_pass_calibrated_and_fail_as_specified(init: str) -> None:
+    row = probed(build_model(config("model=hybrid_5m", "blocks=p4", "model.vocab_size=80", f"init={init}")), 80)
+    found = told([row]).summary()["gates"]["G3.5"]
+    assert found["verdict"] == "pass", found["reading"]
+    assert found["specified"]["verdict"] == "fail" and found["cosine"] > 0.99 and found["novelty"] > 0.65
+
+
+def test_specified_reading_beside_the_calibrated_one_is_of_the_specifications_three() -> None:
+    for row, expected in (
+        (probe_row(5, closed=0.9, rwkv=branch(variance=0.0)), "pass"),
+        (probe_row(5, rwkv=branch(saturated=0.5)), "fail"),
+        (probe_row(5, rwkv=branch(cosine=0.96)), "warn"),
+        (probe_row(5, mamba=branch(top5_share=0.1)), "fail"),
+    ):
+        assert told([row]).summary()["gates"]["G3.5"]["specified"]["verdict"] == expected
+
+
+def test_trend_is_not_flipped_by_noise() -> None:
+    generator = np.random.default_rng(0)
+    noise = lambda scale: scale * generator.standard_normal(100)  # noqa: E731
+    flat = [verdict("G3", train_rows(list(3 + noise(0.1)))) for _ in range(100)]
+    assert flat.count("warn") >= 97  # neither falling nor rising, but for a chance of 3 in 1,000 each way
+    slope = np.linspace(0, 0.3, 100)  # 0.2 nats from the first third to the last, with a noise of 0.1 each
+    assert {verdict("G3", train_rows(list(3 - slope + noise(0.1)))) for _ in range(20)} == {"pass"}
+    assert {verdict("G3", train_rows(list(3 + slope + noise(0.1)))) for _ in range(20)} == {"fail"}
+    spikes = 4 - np.linspace(0, 1, 100)
+    spikes[[3, 50, 97, 98]] += 30
+    assert verdict("G3", train_rows(list(spikes))) == "pass"
+
+
+def test_fall_and_its_error_by_hand() -> None:
+    fall, error = fall_of([9.0, 8.0, 7.0, 6.0, 5.0, 4.0])  # thirds 9, 8 and 5, 4: 8.5 - 4.5
+    assert (fall, error) == (4.0, 0.0)  # a steady fall has no noise
+    _, error = fall_of([1.0, -1.0] * 3)  # every second difference is 2; thirds of two
+    assert error == pytest.approx(2 / (0.6745 * 1.5**0.5) * (math.pi / 2) ** 0.5)
+
+
+def test_first_steps_say_how_far_they_are() -> None:
+    watcher = told(train_rows(FALLING[:6]), "schedule.warmup_steps=2000")
+    found = watcher.summary()["gates"]["G3"]
+    assert "60 of 1,000 steps; warm-up until step 2,000" in found["reading"] and not found["final"]
+    for overrides, expected in (((), False), (("gates.G3.steps=200",), True), (("trainer.max_steps=200",), True),
+                                (("gates.G3.steps=205",), True), (("gates.G3.steps=210",), False)):  # fmt: skip
+        assert told(train_rows(FALLING), *overrides).summary()["gates"]["G3"]["final"] is expected, overrides
+
+
+# ---- models with something wrong are caught
+
+
+@torch.no_grad()
+def fill(parameter: nn.Parameter, value: float) -> None:
+    parameter.fill_(value)
+
+
+@torch.no_grad()
+def large_state(model: HybridLM) -> None:
+    branch = model.blocks[1].mamba
+    branch.in_proj.weight.mul_(30)
+
+
+def freeze_rwkv(model: HybridLM) -> None:
+    fill(model.blocks[1].rwkv.k_proj.linear.weight, 0.0)
+    fill(model.blocks[1].rwkv.w_proj.linear.lora[2].bias, -40.0)  # decay exp(-exp(-40)) = 1
+
+
+def freeze_one_mamba_head(model: HybridLM) -> None:
+    with torch.no_grad():
+        model.blocks[0].mamba.dt_bias[2] = -30.0  # dt = 1e-13
+
+
+def shut_gate(model: HybridLM) -> None:
+    fill(model.blocks[0].fusion.gate.bias, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (freeze_rwkv, "calibrated cosine 1.000 (layer 1 rwkv)"),
+        (freeze_one_mamba_head, "calibrated cosine 1.000 (layer 0 mamba)"),
+        (lambda model: fill(model.blocks[1].rwkv.o_proj.weight, 0.0), "dead: layer 1 rwkv"),
+        (lambda model: fill(model.blocks[0].mamba.out_proj.weight, 0.0), "dead: layer 0 mamba"),
+        (shut_gate, "closed gates 100% (layer 0)"),
+        (large_state, "(layer 1 mamba)"),
+    ],
+)
+def test_damage_is_caught(damage: Any, words: str) -> None:
+    model = stirred("fusion=gated")
+    healthy = probed(model, 23)
+    watcher = told([healthy], "fusion=gated")
+    before = watcher.summary()["gates"]["G3.5"]
+    assert before["verdict"] in ("pass", "warn"), before["reading"]
+    damage(model)
+    watcher.see(probed(model, 23) | {"step": 10})
+    after = watcher.summary()["gates"]["G3.5"]
+    assert after["verdict"] == "fail" and words in after["reading"], after["reading"]
+
+
+# ---- what a run makes of them
+
+
+def test_flags_once_a_change_and_the_worst_is_kept() -> None:
+    watcher = told([])
+    said: list[list[str]] = []
+    for step, ratio in ((100, 1.0), (200, 0.01), (300, 0.01), (400, 5.0), (500, 1.0), (600, 0.02)):
+        watcher.state["memories"]["G4"].pop("ratios", None)
+        watcher.see({"kind": "train", "step": step, "loss": 3.0, "grad_norm": 1.0, "grad_ratio": ratio})
+        said.append([line for line in watcher.news() if "G4" in line])
+    assert [len(lines) for lines in said] == [0, 1, 0, 1, 0, 1]
+    assert said[1][0].startswith(RED_FLAG) and "fails at step 200: RWKV/Mamba 0.010" in said[1][0]
+    assert (
+        said[3][0]
+        == "G4 component balance no longer fails at step 400 (warn): RWKV/Mamba 5.000 over 1 logged steps to 400"
+    )
+    found = watcher.summary()["gates"]["G4"]
+    assert (found["verdict"], found["worst"], found["worst_step"]) == ("fail", "fail", 200)
+    watcher.see({"kind": "train", "step": 700, "loss": 3.0, "grad_norm": 1.0, "grad_ratio": 1.96})
+    found = watcher.summary()["gates"]["G4"]  # mean 0.99
+    assert (found["verdict"], found["value"], found["worst_step"]) == ("pass", pytest.approx(0.99), 200)
+    watcher.see({"kind": "eval", "step": 700, "val_loss": 3.0})
+    assert watcher.news() == []
+
+
+def test_a_gate_asks_for_the_end_only_where_it_is_to() -> None:
+    bad = probe_row(finite=False, entropy=None, entropy_normalised=None)
+    action = GateWatcher(config()).see(bad)
+    assert action is not None and action.lr_factor is None
+    assert action.reason == "gate G1 forward pass: NaN or infinite logits"
+    assert GateWatcher(config("gates.on_fail.G1=warn")).see(bad) is None
+    both = GateWatcher(config("gates.on_fail.G2=stop")).see(bad)
+    assert (
+        both.reason
+        == "gate G1 forward pass: NaN or infinite logits; gate G2 initial entropy: the entropy is not finite"
+    )
+    frozen = probe_row(mamba=branch(novelty=0.0))
+    assert GateWatcher(config()).see(frozen) is None
+    assert "G3.5" in GateWatcher(config("gates.on_fail.G3_5=stop")).see(frozen).reason
+
+
+def test_a_failed_gate_stops_a_run_with_its_reason(small: Setting) -> None:
+    folder, summary = small.run(
+        "gates.on_fail.G4=stop", "gates.G4.grad_ratio={passes: [50, 60], warns: [40, 70]}", "gates.G4.every=6",
+        "trainer.eval_every=100",
+    )  # fmt: skip
+    ratio = summary["gates"]["G4"]["value"]
+    reason = f"gate G4 component balance: RWKV/Mamba {ratio:.3f} over 2 logged steps to 6"
+    assert (summary["status"], summary["steps"], summary["stop_reason"]) == ("stopped", 6, reason)
+    assert f"red flag: G4 component balance fails at step 6: RWKV/Mamba {ratio:.3f}" in folder.log.read_text()
+    assert [row["step"] for row in rows(folder)] == [0, 3, 6, 6]  # it ends with an evaluation
+    other, warned = small.run("gates.G4.grad_ratio={passes: [50, 60], warns: [40, 70]}", "gates.G4.every=6")
+    assert (warned["status"], warned["steps"], warned["gates"]["G4"]["verdict"]) == ("completed", 12, "fail")
+    assert other.path != folder.path  # what may stop a run is part of its identity
+
+
+def test_a_model_that_starts_broken_takes_no_step(small: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(cfg: Any) -> HybridLM:
+        model = build_model(cfg)
+        fill(model.norm.weight, math.nan)
+        return model
+
+    monkeypatch.setattr(member, "build_model", broken)
+    monkeypatch.setattr(Trainer, "_update", lambda *_: pytest.fail("it takes a step"))
+    folder, summary = small.run()
+    assert (summary["status"], summary["steps"]) == ("stopped", 0)
+    assert summary["stop_reason"] == "gate G1 forward pass: NaN or infinite logits"
+    assert [row["kind"] for row in rows(folder)] == ["eval"] and summary["gates"]["G3"]["verdict"] == "n/a"
+
+
+def test_a_flag_is_red_on_a_terminal(
+    small: Setting, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("gates.G4.grad_ratio.passes=[3, 3]", "gates.G4.grad_ratio.warns=[3, 3]", "gates.G4.every=3",
+               "trainer.max_steps=3")  # fmt: skip
+    execute(small.plan("display.progress=plain", *options), [])
+    plain = capsys.readouterr().out
+    assert "red flag: G4" in plain and "\x1b" not in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    execute(small.plan("display.progress=plain", "seed_init=1", *options), [])
+    shown = [line for line in capsys.readouterr().out.splitlines() if "red flag" in line]
+    assert len(shown) == 1 and shown[0].startswith("\x1b[1;31m")
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("gates.on_fail.G1=crash", r"gates\.on_fail\.G1 must be warn or stop, got 'crash'"),
+        ("gates.G2.reading=calibrated", r"gates\.G2\.reading must be normalised or specified, got 'calibrated'"),
+        ("gates.G3_5.reading=x", r"gates\.G3_5\.reading must be calibrated or specified"),
+        ("gates.G4.grad_ratio.passes=[3]", r"gates\.G4\.grad_ratio\.passes must be two numbers \[low, high\], got \[3"),
+        ("gates.G4.grad_ratio.passes=[3, 0.3]", r"gates\.G4\.grad_ratio\.passes must be two numbers"),
+        ("gates.G4.grad_ratio.passes=[.nan, 1]", r"gates\.G4\.grad_ratio\.passes must be two numbers"),
+        ("gates.G4.grad_ratio.passes=[0.05, 3]", r"gates\.G4\.grad_ratio: passes=.* must lie inside warns=\[0\.1, 10"),
+        ("gates.G3_5.cosine.warns=[-1, 0.9]", r"gates\.G3_5\.cosine: passes=.* must lie inside"),
+        ("gates.G3.steps=0", r"gates\.G3\.steps must be at least 1, got 0"),
+        ("gates.G4.every=0", r"gates\.G4\.every must be at least 1, got 0"),
+        ("gates.G3_5.least_variance=-1", r"gates\.G3_5\.least_variance must be at least 0"),
+        ("gates.G4.evry=5", r"unknown key 'gates\.G4\.evry'; did you mean 'gates\.G4\.every'\?"),
+    ],
+)
+def test_bad_settings(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        config(override)
+    assert "\n" not in str(error.value)
+
+
+def test_identity_holds_what_can_stop_a_run() -> None:
+    base = identity(config())
+    assert base["gates"] == {"G0": {"on_fail": "stop"}, "G1": {"on_fail": "stop"}}
+    assert identity(config("gates.G4.every=7", "gates.G2.reading=specified")) == base
+    stops = identity(config("gates.on_fail.G4=stop"))
+    assert stops != base and stops != identity(config("gates.on_fail.G4=stop", "gates.G4.every=7"))
+    assert (
+        identity(config("gates=off"))["gates"] == {} == identity(config("gates=off", "gates.on_fail.G4=stop"))["gates"]
+    )
