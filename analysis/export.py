@@ -34,8 +34,8 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pa_parquet
 
 from analysis.records.json_files import load_object, whole
+from analysis.records.metrics_files import complete_lines, read_lines
 from analysis.records.runs import RUN_SCHEMA, LeftOut, Records, Run, read_records
-from analysis.records.steps import complete_lines, read_lines
 
 FORMATS = ("parquet", "csv")
 _ORDER = ("arm", "seed_init", "seed_data", "run_id", "folder")

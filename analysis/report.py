@@ -106,22 +106,28 @@ def _compare(
     except UnknownArm as error:
         raise ReportError(str(error)) from None
 
+    from analysis.figures.curves import CurveReading
+    from analysis.records.frames import best_first, runs_frame
+    from analysis.records.steps import StepReader
+
+    runs = runs_frame(records.runs)
+    reading = CurveReading(runs, best_first(runs, metric), chosen.arm, records, reader or StepReader())
+
+    # Imported and computed while the metrics are read, which takes as long.
     from analysis.comparison.compare import compare
     from analysis.comparison.verdict import verdict
     from analysis.diagnosis.report import report_branches
-    from analysis.figures.drawing import read_curves, write_figures
+    from analysis.figures.drawing import write_figures
     from analysis.health.report import report_health
     from analysis.page.content import Compared
     from analysis.records.configs import arm_configs
-    from analysis.records.frames import runs_frame
-    from analysis.records.steps import StepReader
     from analysis.tables.comparison import comparison_frame
     from analysis.tables.files import write_tables
 
-    comparison = compare(records, runs_frame(records.runs), chosen, metric)
+    comparison = compare(records, runs, chosen, metric)
     frame = comparison_frame(comparison, records)
     configs = arm_configs(records, comparison.arms)
-    curves = read_curves(comparison, records, reader or StepReader())
+    curves = reading.result()
     for path, count in curves.unreadable.items():
         shown = path.relative_to(records.directory).as_posix()
         notes.append(f"{shown}/metrics.jsonl: {count} unreadable lines skipped")

@@ -18,6 +18,7 @@ from analysis.comparison.flags import Flag, find_flags, rate_flags
 from analysis.comparison.health_flags import health_flags
 from analysis.comparison.settings import arm_settings
 from analysis.health.gates import Health, read_health
+from analysis.records.frames import best_first
 from analysis.records.runs import METRICS, Records
 from analysis.statistics.differences import Method, difference_rows
 
@@ -59,8 +60,7 @@ class Comparison:
 
 def compare(records: Records, runs: pd.DataFrame, baseline: Baseline, metric: str) -> Comparison:
     """Compare every arm with ``baseline``, for ``metric`` (which orders the arms) and for the other metrics too."""
-    means = runs.groupby("arm")[metric].mean()
-    arms = sorted(records.arms, key=lambda arm: (means[arm], arm))
+    arms = best_first(runs, metric)
     flags = find_flags(records, runs, arms, baseline.arm)
     blocked = {flag.arm for flag in flags if flag.blocking}
     if baseline.arm in blocked:

@@ -9,22 +9,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.comparison.compare import Comparison
+from analysis.figures.curves import Curves, drawn_arms
 from analysis.figures.factors import interaction, learning_rates
 from analysis.figures.final_loss import final_loss
 from analysis.figures.gate_values import gate_values
 from analysis.figures.gradient_ratio import gradient_ratio
-from analysis.figures.learning_curves import LostRun, drawn_arms, learning_curves
+from analysis.figures.learning_curves import learning_curves
 from analysis.figures.style import arm_styles, look, save, written_as
 from analysis.figures.tradeoffs import tradeoffs
 from analysis.records.runs import Records
-from analysis.records.steps import Logged, StepReader, thinning
 
 MANY_RUNS = 500  # from here on figures are written beside the drawing of the next
-MOST_LOST = 20  # curves of runs that do not count
 # All that a report draws, also of other modules: what an earlier one drew and this one does not is removed.
 NAMES = (
     "final_loss",
@@ -63,33 +61,6 @@ def drop_stale(folder: Path, written: list[Drawn]) -> None:
     for path in (*folder.glob("*.png"), *folder.glob("*.svg")):
         if path not in kept and (path.stem in NAMES or path.stem.startswith("search_")):
             path.unlink()
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What the figures need of the metrics: of the arms that are drawn, and of runs that do not count."""
-
-    steps: Logged  # ``run`` is the index of comparison.runs
-    lost: list[LostRun]
-    unreadable: dict[Path, int]
-    train_every: int = 1  # of the training rows, only every so many-th was read
-
-
-def read_curves(comparison: Comparison, records: Records, reader: StepReader) -> Curves:
-    """Read the metrics of the arms that are drawn."""
-    drawn = np.flatnonzero(comparison.runs["arm"].isin(drawn_arms(comparison)))
-    columns = ("step", "loss", "val_loss", "grad_ratio")
-    # comparison.runs has the order of records.runs
-    paths = [records.runs[i].path for i in drawn]
-    train_every = thinning(paths)
-    logged = reader.read(paths, columns, ("gate_mean",), train_every)
-    for frame in (logged.rows, *logged.lists.values()):
-        frame["run"] = drawn[frame["run"].to_numpy(dtype=int)]
-    with_curve = [item for item in records.left_out if item.path and item.arm and item.kind != "duplicate"][:MOST_LOST]
-    others = reader.read([item.path for item in with_curve if item.path], columns)
-    rows = others.rows
-    lost = [LostRun(str(item.arm), item.kind, rows[rows["run"] == i]) for i, item in enumerate(with_curve)]
-    return Curves(logged, lost, logged.unreadable | others.unreadable, train_every)
 
 
 def write_figures(folder: Path, comparison: Comparison, records: Records, curves: Curves) -> list[Drawn]:

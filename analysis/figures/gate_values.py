@@ -68,22 +68,25 @@ def gate_values(
 def _over_seeds(logged: pd.DataFrame, runs: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
     """Mean, smallest and largest gate of each arm, layer and step, as far as all of the arm's runs go."""
     arm_of = runs["arm"].map({arm: i for i, arm in enumerate(arms)}).fillna(-1).to_numpy(dtype=int)
-    rows = logged[(logged["kind"] == "eval") & logged["value"].notna()]
-    codes = arm_of[runs.index.get_indexer(rows["run"])]
-    rows = rows.assign(arm=codes)[codes >= 0]
+    codes = arm_of[runs.index.get_indexer(logged["run"])]
+    kept = ((logged["kind"] == "eval") & logged["value"].notna()).to_numpy() & (codes >= 0)
+    rows = logged.loc[kept, ["place", "step", "value"]].assign(arm=codes[kept])
     found = rows.groupby(["arm", "place", "step"])["value"].agg(["mean", "min", "max", "count"]).reset_index()
     found = found[found["count"] == found.groupby(["arm", "place"])["count"].transform("max")]
-    found["arm"] = [arms[code] for code in found["arm"]]
+    found["arm"] = pd.Categorical.from_codes(found["arm"], arms)  # much faster to group by than texts
     return found
 
 
 def _tables(gates: pd.DataFrame, arms: list[str]) -> dict[str, pd.DataFrame]:
     """Per arm: mean, min and max by step, of one layer."""
-    groups = {arm: group.set_index("step")[["mean", "min", "max"]] for arm, group in gates.groupby("arm")}
+    groups = {
+        arm: group.set_index("step")[["mean", "min", "max"]] for arm, group in gates.groupby("arm", observed=True)
+    }
     return {arm: groups[arm] for arm in arms if arm in groups}
 
 
 def _by_last_value(gates: pd.DataFrame, arms: list[str]) -> list[str]:
     """The arms in the order that their curves end in, highest first."""
-    last = gates[gates["step"] == gates.groupby("arm")["step"].transform("max")].groupby("arm")["mean"].mean()
+    ends = gates[gates["step"] == gates.groupby("arm", observed=True)["step"].transform("max")]
+    last = ends.groupby("arm", observed=True)["mean"].mean()
     return sorted(arms, key=lambda arm: -last[arm])

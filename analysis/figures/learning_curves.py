@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.comparison.compare import Comparison
+from analysis.figures.curves import LostRun, drawn_arms
 from analysis.figures.over_steps import (
     MOST_BANDS,
     by_step,
@@ -22,24 +21,9 @@ from analysis.figures.over_steps import (
 )
 from analysis.figures.style import FAINT, INK, ArmStyle, label_ends, shorten
 
-MOST_ARMS = 100  # by their mean; further ones are not drawn
 MOST_THIN_LINES = 100  # more single runs than this are not drawn one by one
 _SETTLED = 0.1  # the panels of losses leave out what is higher than all is after this share of the steps
 _SETTLED_LOG = 0.03  # the same where the steps are on a log axis
-
-
-@dataclass(frozen=True)
-class LostRun:
-    """A run that does not count, whose curve is shown all the same."""
-
-    arm: str
-    kind: str
-    steps: pd.DataFrame
-
-
-def drawn_arms(comparison: Comparison) -> list[str]:
-    """The arms of the figure, best mean first: the best ``MOST_ARMS`` and the baseline."""
-    return [arm for i, arm in enumerate(comparison.arms) if i < MOST_ARMS or arm == comparison.baseline.arm]
 
 
 def learning_curves(

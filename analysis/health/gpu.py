@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.figures.style import FAINT, ArmStyle, name_arms
 from analysis.records.json_files import number
+from analysis.records.metrics_files import complete_lines
 from analysis.records.runs import Run
-from analysis.records.steps import complete_lines
 
 FILE = "gpu.jsonl"
 MOST_SAMPLES = 2000  # of one run that are read, evenly spaced

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.records.json_files import number, whole
+from analysis.records.metrics_files import complete_lines
 from analysis.records.runs import Run
-from analysis.records.steps import complete_lines
 
 FILE = "probe.jsonl"
 MOST_RUNS = 60  # files that are read, the arms' first seeds before their second

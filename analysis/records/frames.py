@@ -34,6 +34,11 @@ def runs_frame(runs: Iterable[Run]) -> pd.DataFrame:
     return pd.DataFrame([_run_row(run) for run in runs])
 
 
+def best_first(runs: pd.DataFrame, metric: str) -> list[str]:
+    """The arms of ``runs`` by the mean of ``metric``, lowest first, then by name."""
+    return runs.groupby("arm")[metric].mean().sort_values(kind="stable").index.tolist()
+
+
 def _run_row(run: Run) -> dict[str, Any]:
     summary = run.summary
     data, environment = _dict(summary, "data"), _dict(summary, "environment")

@@ -12,8 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis.comparison.baseline import choose_baseline
 from analysis.comparison.compare import compare
-from analysis.figures import drawing
-from analysis.figures.drawing import Drawn, _figures, drop_stale, read_curves, write_figures
+from analysis.figures import curves, drawing
+from analysis.figures.curves import CurveReading
+from analysis.figures.drawing import Drawn, _figures, drop_stale, write_figures
 from analysis.figures.gradient_ratio import _bands
 from analysis.figures.over_steps import by_step, thin_out
 from analysis.figures.style import arm_styles, look
@@ -26,13 +27,17 @@ from analysis.records.steps import StepReader
 FUSIONS = ("gain", "gated")
 
 
+def curves_of(comparison, records):
+    return CurveReading(comparison.runs, comparison.arms, comparison.baseline.arm, records, StepReader()).result()
+
+
 def figures_of(directory, baseline=None):
     records = read_records(directory)
     comparison = compare(records, runs_frame(records.runs), choose_baseline(records, baseline, "final_val_loss"),
                          "final_val_loss")  # fmt: skip
-    curves = read_curves(comparison, records, StepReader())
+    read = curves_of(comparison, records)
     with look():
-        return {name: figure for name, _, _, figure in _figures(comparison, records, curves)}, comparison
+        return {name: figure for name, _, _, figure in _figures(comparison, records, read)}, comparison
 
 
 def config(**keys):
@@ -190,13 +195,26 @@ def test_figures_written_beside_are_the_same(factorial, tmp_path, monkeypatch):
     records = read_records(factorial)
     baseline = choose_baseline(records, "gain-branch_norm=none", "final_val_loss")
     comparison = compare(records, runs_frame(records.runs), baseline, "final_val_loss")
-    curves = read_curves(comparison, records, StepReader())
-    here = write_figures(tmp_path / "here", comparison, records, curves)
+    read = curves_of(comparison, records)
+    here = write_figures(tmp_path / "here", comparison, records, read)
     monkeypatch.setattr(drawing, "MANY_RUNS", 1)
-    beside = write_figures(tmp_path / "beside", comparison, records, curves)
+    beside = write_figures(tmp_path / "beside", comparison, records, read)
     assert [drawn.name for drawn in here] == [drawn.name for drawn in beside] and len(here) == 6
     for one, other in zip(here, beside, strict=True):
         assert one.png.read_bytes() == other.png.read_bytes() and one.svg.read_bytes() == other.svg.read_bytes()
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):
-        write_figures(tmp_path / "file", comparison, records, curves)
+        write_figures(tmp_path / "file", comparison, records, read)
+
+
+def test_only_arms_that_are_drawn_are_read(factorial, monkeypatch):
+    """The best arm and the baseline, and the runs keep their numbers."""
+    monkeypatch.setattr(curves, "MOST_ARMS", 1)
+    records = read_records(factorial)
+    baseline = choose_baseline(records, "gated-branch_norm=rms", "final_val_loss")
+    comparison = compare(records, runs_frame(records.runs), baseline, "final_val_loss")
+    found = curves_of(comparison, records)
+    read = {comparison.runs["arm"][run] for run in found.steps.rows["run"]}
+    assert read == set(curves.drawn_arms(comparison)) == {"gain-branch_norm=none", "gated-branch_norm=rms"}
+    gated = found.steps.lists["gate_mean"]
+    assert {comparison.runs["arm"][run] for run in gated["run"]} == {"gated-branch_norm=rms"}

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import numpy as np
 import pytest
 
-from analysis.records.frames import runs_frame
+from analysis.records.frames import best_first, runs_frame
 from analysis.records.json_files import number
-from analysis.records.runs import last_step, read_records
-from analysis.records.steps import StepReader, thinning
-
-CURVES = ("step", "loss", "val_loss")
-
-
-def steps_frame(paths):
-    found = StepReader().read(paths, CURVES)
-    return found.rows, found.unreadable
+from analysis.records.runs import read_records
 
 
 def kinds(records):
@@ -170,86 +161,13 @@ def test_a_broken_plan_does_no_harm(tmp_path, make_run, content):
     assert len(read_records(tmp_path).runs) == 1
 
 
-def test_steps_frame(tmp_path, make_run):
-    folders = [make_run(tmp_path, arm, 0, steps=100, log_every=10, eval_every=50) for arm in ("a", "b")]
-    frame, unreadable = steps_frame(folders)
-    assert unreadable == {}
-    assert frame.groupby(["run", "kind"], observed=True).size().to_dict() == {
-        (0, "eval"): 2, (0, "train"): 10, (1, "eval"): 2, (1, "train"): 10
-    }  # fmt: skip
-    assert frame.loc[frame["kind"] == "train", "val_loss"].isna().all()
-    assert frame.loc[(frame["run"] == 1) & (frame["kind"] == "eval"), "step"].tolist() == [50, 100]
-
-
-def test_steps_frame_survives_garbage(tmp_path, make_run):
-    """The same rows come out of a file with bad lines (read line by line) as of the clean one (read by the parser)."""
-    folder = make_run(tmp_path, "a", 0)
-    clean, _ = steps_frame([folder])
-    good = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    bad = [b"garbage\n", b"[1]\n", b'{"kind": 3, "step": 1}\n', b'{"kind": "train"}\n', b"\xff\xfe\n", b"\n"]
-    torn = b'{"kind":"train","st'
-    (folder / "metrics.jsonl").write_bytes(b"".join(bad + good) + torn)
-    frame, unreadable = steps_frame([folder, tmp_path / "nowhere"])
-    assert unreadable == {folder: 5}  # not the empty line, not the torn one
-    assert frame[["step", "loss", "val_loss"]].equals(clean[["step", "loss", "val_loss"]])
-
-
-def test_null_nan_and_text_become_nan(tmp_path, make_run):
-    folder = make_run(tmp_path, "a", 0)
-    rows = ['{"kind":"train","step":1,"loss":null}', '{"kind":"train","step":2,"loss":NaN}',
-            '{"kind":"train","step":3,"loss":"x"}', '{"kind":"train","step":4,"loss":2.5}']  # fmt: skip
-    (folder / "metrics.jsonl").write_text("\n".join(rows))
-    frame, _ = steps_frame([folder])
-    assert frame["step"].tolist() == [1, 2, 3, 4]
-    assert frame["loss"].isna().tolist() == [True, True, True, False]
-
-
-def test_a_step_logged_again_after_a_resume_counts_once(tmp_path, make_run):
-    folder = make_run(tmp_path, "a", 0, steps=50, log_every=10)
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"kind": "train", "step": 50, "loss": 7.0}) + "\n")
-    frame, _ = steps_frame([folder])
-    assert frame.loc[(frame["kind"] == "train") & (frame["step"] == 50), "loss"].tolist() == [7.0]
-
-
-def test_no_metrics_at_all(tmp_path):
-    frame, unreadable = steps_frame([tmp_path])
-    assert len(frame) == 0 and set(CURVES) <= set(frame.columns) and unreadable == {}
-    assert last_step(tmp_path) is None
-
-
 def test_number():
     assert number(3) == 3.0
     assert all(np.isnan(number(value)) for value in (None, True, "3", float("inf"), 10**400, [1]))
 
 
-def test_only_some_training_rows_of_a_large_folder(tmp_path, make_run):
-    """Every 4th of 15 training rows and the last one, the same steps whatever was logged twice; all evaluations."""
-    folders = [make_run(tmp_path, arm, 0) for arm in ("a", "b", "c")]
-    lines = (folders[1] / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folders[1] / "metrics.jsonl").write_text("".join(lines[:7] + lines[4:]))  # resumed
-    whole = StepReader().read(folders, CURVES).rows
-    thin = StepReader().read(folders, CURVES, train_every=4).rows
-    for run in range(3):
-        own, full = thin[thin["run"] == run].set_index(["kind", "step"]), whole[whole["run"] == run]
-        assert own.loc["train"].index.tolist() == [40, 80, 120, 150] and own.loc["eval"].index.tolist() == [
-            50,
-            100,
-            150,
-        ]
-        assert (
-            own["loss"].dropna().tolist() == full.set_index(["kind", "step"]).loc[own.index, "loss"].dropna().tolist()
-        )
-    assert thinning(folders) == 1
-    with open(folders[2] / "metrics.jsonl", "a") as file:  # a row of another form: read whole
-        file.write('{"step": 160, "kind": "train", "loss": 1.0}\n')
-    assert len(StepReader().read(folders[2:], CURVES, train_every=4).rows) == 15 + 3 + 1
-
-
-def test_one_bad_file_among_many_is_read_alone(tmp_path, make_run):
-    folders = [make_run(tmp_path, f"a{i}", 0) for i in range(20)]
-    clean, _ = steps_frame(folders)
-    with open(folders[3] / "metrics.jsonl", "a") as file:
-        file.write("garbage\n")
-    rows, unreadable = steps_frame(folders)
-    assert rows.equals(clean) and unreadable == {folders[3]: 1}
+def test_arms_by_their_mean(tmp_path, make_run):
+    for arm, losses in {"b": (1.5, 1.5), "a": (1.25, 1.75), "c": (1.0, 1.875)}.items():
+        for seed, loss in enumerate(losses):
+            make_run(tmp_path, arm, seed, final=loss)
+    assert best_first(runs_frame(read_records(tmp_path).runs), "final_val_loss") == ["c", "a", "b"]
