@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import pandas as pd
-
+from analysis.comparison.cautions import cautions, names, tested_rows, to_come
 from analysis.comparison.compare import Comparison
 from analysis.comparison.flags import matches
 from analysis.statistics.differences import NO_TEST, PAIRED, UNPAIRED, Method
@@ -56,7 +55,7 @@ def verdict(comparison: Comparison) -> Verdict:
     """The headline, one sentence per arm (best mean first) and remarks that hold for all of them."""
     baseline, runs = comparison.baseline, comparison.runs
     lost = comparison.without_runs
-    unusable = f" No usable run of {_names(lost)}." if lost else ""
+    unusable = f" No usable run of {names(lost)}." if lost else ""
     if len(comparison.arms) == 1:
         values = runs[comparison.metric]
         mean = f"{METRIC_WORDS[comparison.metric]} {values.mean():.4f} nats per token"
@@ -67,7 +66,7 @@ def verdict(comparison: Comparison) -> Verdict:
             f"One arm only, {baseline.arm}: {mean}{spread}. There is nothing to compare it with.{unusable}",
             [],
             [],
-            _to_come(comparison),
+            to_come(comparison),
         )
 
     others = [arm for arm in comparison.arms if arm != baseline.arm]
@@ -76,7 +75,7 @@ def verdict(comparison: Comparison) -> Verdict:
         _headline(comparison, sentences) + unusable,
         sentences,
         _remarks(comparison),
-        _cautions(comparison, sentences),
+        cautions(comparison, [s.arm for s in sentences if s.kind in (BETTER, WORSE, NONE)]),
     )
 
 
@@ -99,14 +98,14 @@ def _headline(comparison: Comparison, sentences: list[Sentence]) -> str:
     if named[UNTESTED]:
         count = len(named[UNTESTED])
         parts.append(
-            f"{_names(named[UNTESTED])} {_is(named[UNTESTED])} not tested: at least two shared seeds are needed"
+            f"{names(named[UNTESTED])} {_is(named[UNTESTED])} not tested: at least two shared seeds are needed"
         )
         if count == len(sentences):
             parts = [
                 f"Nothing can be shown: no arm shares two seeds with {baseline}, and one seed gives no uncertainty"
             ]
     if named[INCOMPARABLE]:
-        parts.append(f"{_names(named[INCOMPARABLE])} cannot be compared (other data or tokenizer)")
+        parts.append(f"{names(named[INCOMPARABLE])} cannot be compared (other data or tokenizer)")
     text = "; ".join(parts)
     return f"{text.replace('no difference', 'No difference', 1) if text.startswith('no difference') else text}."
 
@@ -115,7 +114,7 @@ def _shown_words(comparison: Comparison, arms: list[str], verb: str, verbs: str)
     """``gated beats gain by 0.0210 ± 0.0060 nats (5 paired seeds, adjusted p = 0.004)``; of many arms the names."""
     baseline = comparison.baseline.arm
     if len(arms) > MOST_SIZES:
-        return f"{_names(arms)} {verbs} {baseline}"
+        return f"{names(arms)} {verbs} {baseline}"
     rows = [comparison.difference(arm) for arm in arms]
     sizes = [f"{abs(row['difference']):.4f} {PM} {row['half_width']:.4f}" for row in rows]
     if len(arms) == 1:
@@ -124,7 +123,7 @@ def _shown_words(comparison: Comparison, arms: list[str], verb: str, verbs: str)
     seeds = f"{_seeds(rows[0])}, " if len(pairs) == 1 else ""
     largest = p_number(max(row["p_adjusted"] for row in rows))
     p = f"p {largest}" if largest.startswith("<") else f"p at most {largest}"
-    return f"{_names(arms)} {verbs} {baseline} by {_names(sizes)} nats ({seeds}adjusted {p})"
+    return f"{names(arms)} {verbs} {baseline} by {names(sizes)} nats ({seeds}adjusted {p})"
 
 
 def _evidence(row: dict[str, Any]) -> str:
@@ -144,12 +143,6 @@ def _could_show(comparison: Comparison, arms: list[str]) -> str:
         return ""
     seeds = f"these {pairs.pop()} seeds" if len(pairs) == 1 else "these seeds"
     return f" ({seeds} would show a difference of about {max(found):.4f} in four of five sweeps)"
-
-
-def _names(arms: list[str]) -> str:
-    if len(arms) > 6:
-        return f"{len(arms)} arms"
-    return arms[0] if len(arms) == 1 else f"{', '.join(arms[:-1])} and {arms[-1]}"
 
 
 def _is(arms: list[str]) -> str:
@@ -211,7 +204,7 @@ def _apart(mean: float, baseline: str) -> str:
 
 
 def _remarks(comparison: Comparison) -> list[str]:
-    baseline, tested = comparison.baseline, _tested(comparison)
+    baseline, tested = comparison.baseline, tested_rows(comparison)
     remarks = [f"Baseline: {baseline.arm}, {SOURCE_WORDS[baseline.source]}."]
     if baseline.note:
         remarks.append(baseline.note)
@@ -231,37 +224,6 @@ def _remarks(comparison: Comparison) -> list[str]:
             f"below {2 / 2**n:.4g}. Bootstrap intervals, in differences.csv, are too short below {TRUSTED_FROM} pairs."
         )
     return remarks
-
-
-def _cautions(comparison: Comparison, sentences: list[Sentence]) -> list[str]:
-    tested, found = _tested(comparison), _to_come(comparison)
-    differ = [m.what.lower() for m in matches(comparison.runs, comparison.baseline.arm) if not m.same]
-    if differ:
-        found.append(f"Not matched between the arms: {', '.join(differ)}.")
-    pairs = tested.loc[tested["pairs"] > 1, "pairs"]
-    if len(pairs) and pairs.min() == 2 and any(s.kind == NONE for s in sentences):
-        found.append(
-            "With 2 seeds a 95% interval reaches 12.7 standard errors to each side: only a difference far larger than "
-            "the spread between seeds can be shown. Not shown does not mean equal."
-        )
-    other = next(metric for metric in METRIC_WORDS if metric != comparison.metric)
-    changed = [
-        s.arm for s in sentences if _shown(comparison, s.arm, other) != _shown(comparison, s.arm, comparison.metric)
-    ]
-    if changed:
-        found.append(f"By {METRIC_WORDS[other]} the verdict differs for {_names(changed)} (see differences.csv).")
-    return found
-
-
-def _to_come(comparison: Comparison) -> list[str]:
-    count = comparison.to_come
-    if not count:
-        return []
-    return [f"Not the last word: {count} planned run{'s have' if count > 1 else ' has'} no result yet."]
-
-
-def _tested(comparison: Comparison) -> pd.DataFrame:
-    return comparison.differences[comparison.differences["metric"] == comparison.metric]
 
 
 def method_words(method: Method) -> str:
@@ -289,8 +251,3 @@ def method_words(method: Method) -> str:
     if method.unpaired:
         text += f" {method.unpaired} of the comparisons are unpaired (Welch, Bonferroni)."
     return text
-
-
-def _shown(comparison: Comparison, arm: str, metric: str) -> int:
-    row = comparison.difference(arm, metric)
-    return (1 if row["difference"] > 0 else -1) if row["shown"] else 0
