@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hybrid.stopping.watcher import RULES, StoppingRules
-from hybrid.training.watching import Action, build_watchers
+from hybrid.training.watching import Action
 from tests.hybrid.configs import config
 
 STEPS = 1000
@@ -22,8 +22,7 @@ Events = list[tuple[str, int, str]]
 def watcher(*overrides: str) -> StoppingRules:
     """Of a run of 1,000 steps with 100 of warm-up; ``overrides`` are of the section ``stopping``."""
     keys = [f"stopping.{line}" for line in ("grad_ratio.min_steps=1", *overrides)]
-    (found,) = build_watchers(config(f"trainer.max_steps={STEPS}", "schedule.warmup_steps=100", *keys))
-    return found
+    return StoppingRules(config(f"trainer.max_steps={STEPS}", "schedule.warmup_steps=100", *keys))
 
 
 def only(name: str, *overrides: str) -> StoppingRules:
@@ -395,7 +394,7 @@ def test_a_rule_can_be_switched_off_alone(name: str) -> None:
 
 
 def test_all_can_be_switched_off() -> None:
-    (off,) = build_watchers(config("stopping=off"))
+    off = StoppingRules(config("stopping=off"))
     assert off.rules == [] and feed(off, CASES["overfitting"]) == ([], [])
     assert off.summary() == {"stopping": {"act": True, "events": []}}
 
@@ -414,7 +413,7 @@ def test_rules_that_do_not_act_only_write_down(name: str) -> None:
 
 def test_in_the_runs_of_a_sweep_they_act_only_if_told_to() -> None:
     def acts(*overrides: str) -> bool:
-        return build_watchers(config(*overrides))[0].acts
+        return StoppingRules(config(*overrides)).acts
 
     assert acts() and acts("stopping.act=true") and not acts("stopping.act=false")
     assert not acts("sweep.name=s") and acts("sweep.name=s", "stopping.act=true")
