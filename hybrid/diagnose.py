@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -18,8 +19,14 @@ from hybrid.data import DataError
 from hybrid.diagnostics.loading import CHECKPOINTS, find_runs, open_run
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message} (--help shows the arguments)")
+        sys.exit(2)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hybrid.diagnose", description=__doc__)
+    parser = Parser(prog="python -m hybrid.diagnose", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or a sweep's")
     parser.add_argument("--checkpoint", default="best", choices=CHECKPOINTS, help="which weights (default best)")
     parser.add_argument(

@@ -6,14 +6,12 @@ random numbers are as before.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from hybrid.branches.mamba2 import Mamba2
 from hybrid.branches.rwkv6 import RWKV6
 from hybrid.data import Corpus
 from hybrid.model import HybridLM, autocast
+from hybrid.observed import Place, observed_gates, observed_kernels, recorded
 from hybrid.states import WORSE, readings, ssd_last_steps, wkv6_last_steps
 
 ROWS, LENGTH = 8, 256  # windows, and tokens of each at most
@@ -37,14 +36,19 @@ class Probe:
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, Any]:
-        seen = Seen(self.model)
         was_training = self.model.training
         self.model.eval()
         try:
-            with seen.watching(), autocast(self.device, self.dtype):
+            with (
+                observed_kernels(self.model) as inputs,
+                recorded(self.model) as recording,
+                observed_gates(self.model) as gates,
+                autocast(self.device, self.dtype),
+            ):
                 logits = self.model(self.tokens)
         finally:
             self.model.train(was_training)
+        seen = Seen(self.model, inputs, recording.outputs, gates)
         vocab, width = self.model.embedding.weight.shape
         shape_ok = logits.shape == (*self.tokens.shape, vocab) and seen.shapes_ok((*self.tokens.shape, width))
         # Sequence by sequence: with a large vocabulary the probabilities are larger than the rest of the pass.
@@ -76,41 +80,20 @@ def row_entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(F.softmax(logits.float(), dim=-1)).sum(-1).mean()
 
 
+@dataclass
 class Seen:
     """What one forward pass shows of every branch and gate, kept on the device."""
 
-    def __init__(self, model: HybridLM) -> None:
-        self.blocks = model.blocks
-        self.inputs: dict[tuple[int, str], dict[str, Tensor]] = {}  # of the recurrences, by layer and branch
-        self.outputs: dict[tuple[int, str], Tensor] = {}
-        self.gates: dict[int, Tensor] = {}
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        with contextlib.ExitStack() as undo:
-            for layer, block in enumerate(self.blocks):
-                for name in block.branches:
-                    self._watch(undo, (layer, name), getattr(block, name))
-                if hasattr(block, "fusion"):
-                    self._observe(undo, block.fusion, lambda g, layer=layer: self.gates.update({layer: g}))
-            yield
-
-    def _watch(self, undo: contextlib.ExitStack, key: tuple[int, str], branch: nn.Module) -> None:
-        hook = branch.register_forward_hook(lambda _, __, out: self.outputs.update({key: out[0]}))
-        undo.callback(hook.remove)
-        if hasattr(branch, "observer"):
-            self._observe(undo, branch, lambda inputs: self.inputs.update({key: inputs}))
-
-    @staticmethod
-    def _observe(undo: contextlib.ExitStack, module: nn.Module, observer: Any) -> None:
-        undo.callback(setattr, module, "observer", module.observer)
-        module.observer = observer
+    model: HybridLM
+    inputs: dict[Place, dict[str, Tensor]]  # of the recurrences
+    outputs: dict[Place, Tensor]
+    gates: dict[int, Tensor]
 
     def shapes_ok(self, wanted: tuple[int, ...]) -> bool:
         return all(out.shape == wanted for out in self.outputs.values())
 
     def layer(self, index: int) -> dict[str, Any]:
-        names = self.blocks[index].branches
+        names = self.model.blocks[index].branches
         gate = self.gates.get(index)
         return {
             "layer": index,
@@ -120,7 +103,7 @@ class Seen:
         }
 
     def branch(self, index: int, name: str) -> dict[str, Any]:
-        module, out = getattr(self.blocks[index], name), self.outputs[index, name].float()
+        module, out = getattr(self.model.blocks[index], name), self.outputs[index, name].float()
         found: dict[str, Any] = {"rms": out.square().mean().sqrt(), "variance": out.flatten(0, -2).var(0).mean()}
         inputs = self.inputs.get((index, name))
         if isinstance(module, RWKV6):
@@ -142,7 +125,7 @@ def branch_cosine(a: Tensor, b: Tensor) -> Tensor:
 def gate_readings(gate: Tensor) -> dict[str, Tensor]:
     """The mean share of the first branch, and the share of gate values that leave a branch out."""
     closed = (gate < CLOSED) | (gate > 1 - CLOSED)
-    return {"mean": gate.mean(), "saturated": closed.float().mean()}
+    return {"mean": gate.mean(), "closed": closed.float().mean()}
 
 
 def numbers(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,14 +10,15 @@ heads that remember longest.
 **Novelty**, the calibrated reading, asks instead what the specification means: is the state still being written? Of
 the last updates, the part that differs from token to token has some size; kept up over the head's own memory of
 ``m = (1 - a^T) / (1 - a)`` steps (a: decay a step and channel, T: steps so far) it can build a state of up to m times
-that size. Novelty is this size over that of the state there is. By the triangle inequality it is at least about 1 where
-the state was made by updates like the last ones, however slow the decay; it is 0 where nothing is written any more (no
-update, with any decay, also one of exactly 1, where m = T), and where every token writes the same. Two other
-calibrations were tried and dropped. ``(1 - cosine) / (1 - expected cosine)`` with the expectation from decay and update
-alone is 0/0 for the state that is truly frozen, because without an update both are 0. The share of the update,
-``|u| / |S|``, against the sqrt(1 - a^2) that keeps the size of a state with independent updates, calls healthy heads
-frozen: updates of real text share a direction (Mamba-2's x and B have passed a SiLU and are positive on average), so
-states grow like m and not like sqrt(m).
+that size. Novelty is this size over that of the state there is. A state that was made by updates like the last ones is
+at most m times as large as one of them (triangle inequality), so novelty is at least about the share of an update that
+differs from token to token, however slow the decay: near 1, where updates differ by as much as they are large. It is 0
+where nothing is written any more (no update, with any decay, also one of exactly 1, where m = T), and where every token
+writes the same. Two other calibrations were considered. ``(1 - cosine) / (1 - expected cosine)`` with the expectation
+from decay and update alone is 0/0 for the state that is truly frozen, because without an update both are 0. The share
+of the update, ``|u| / |S|``, against the sqrt(1 - a^2) that keeps the size of a state with independent updates, calls
+healthy heads frozen: updates of real text share a direction (Mamba-2's x and B have passed a SiLU and are positive on
+average), so states grow like m and not like sqrt(m).
 
 ``calibrated_cosine`` = sqrt(1 - min(1, novelty)^2) is the same as an angle, so that the specification's 0.95 and 0.99
 can be applied: 0 where the state is renewed, 1 where it is frozen.

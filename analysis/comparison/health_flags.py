@@ -15,7 +15,7 @@ def health_flags(health: Health, runs_per_arm: dict[str, int], arms: list[str]) 
     for row in worst_rows(health.gates, arms, least="fail"):
         name = f"gate {row['gate']}" + (f" ({GATES[row['gate']]})" if row["gate"] in GATES else "")
         text = f"{name} fails in {row['count']} of {row['runs']} runs"
-        flags.append(Flag(row["arm"], "gate", text + (f", worst: {row['reading']}" if row["reading"] else "")))
+        flags.append(Flag(row["arm"], "gate", text + (f", e.g. {row['reading']}" if row["reading"] else "")))
     reduced = health.events[(health.events["action"] == "reduce_lr") & health.events["acted"].astype(bool)]
     for arm in arms:
         own = reduced[reduced["arm"] == arm]

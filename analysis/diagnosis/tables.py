@@ -24,6 +24,7 @@ TITLES = {
 WORDS = {
     "branches": (
         f"Nats per token, mean over seeds {PM} half of its 95% t interval (one seed: over validation windows). "
+        "A branch is all that it does, short convolution and token shift as well as recurrence. "
         "Control: the outputs moved as far in random directions. In parentheses: not shown to matter, because the "
         "interval includes zero or the increase is not shown to exceed its control. Intervals are not corrected for "
         "the number of arms."

@@ -159,9 +159,18 @@ def _other_interventions(
     return said
 
 
+def _weights(about: pd.DataFrame) -> list[str]:
+    """The best weights of a run that overfits are not those of its final loss."""
+    if about["checkpoint"].nunique() != 1 or about["step"].isna().any():
+        return []
+    first, last = int(about["step"].min()), int(about["step"].max())
+    steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+    return [f"Measured on the {about['checkpoint'].iloc[0]} weights, of {steps}."]
+
+
 def remarks(found: Diagnoses, runs_per_arm: dict[str, int], arms: list[str]) -> list[str]:
-    """What to know before comparing the arms: which runs are diagnosed, and where diagnoses were not made alike."""
-    about, said = found["about"], []
+    """What to know before comparing the arms: which weights and runs are diagnosed, and what was not made alike."""
+    about, said = found["about"], _weights(found["about"])
     for arm in arms:
         if arm in found.arms and (count := int((about["arm"] == arm).sum())) < runs_per_arm[arm]:
             said.append(f"{arm}: {count} of {runs_per_arm[arm]} runs diagnosed.")

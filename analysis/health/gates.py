@@ -1,4 +1,4 @@
-"""The validation gates and stopping rules of runs, from their summaries: what was found, and the worst of it."""
+"""The validation gates and stopping rules of runs, from their summaries: what was found, and the worst verdicts."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def worst_rows(gates: pd.DataFrame, arms: list[str], least: str = "warn") -> lis
     """Of every arm and gate with a verdict of ``least`` or worse: the worst run's row, ``count`` runs with that
     verdict of ``runs`` that were judged.
 
-    Among several runs with the worst verdict, the one whose value is farthest from the middle of the arm's values.
+    Among several runs with the worst verdict, the one whose value is farthest from the middle of the arm's values: an
+    example, and the worst reading only where values go wrong in one direction and decide alone.
     """
     found = []
     order = {name: i for i, name in enumerate(gate_names(gates))}

@@ -1,4 +1,4 @@
-"""Tables of gates and stopping rules: counts over seeds, the worst readings, what the rules found."""
+"""Tables of gates and stopping rules: counts over seeds, readings of the worst verdicts, what the rules found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from analysis.tables.table import DASH, Cell, Table
 
 TITLES = {
     "gates": "Runs that pass, warn and fail",
-    "gate_readings": "Worst readings of the gates that do not pass everywhere",
+    "gate_readings": "Gates that do not pass everywhere",
     "stopping": "Stopping rules",
 }
 _TONE = {"fail": 2.0, "warn": 1.0, "pass": 0.0}
@@ -52,7 +52,7 @@ def _counted(count: Counter[str]) -> str:
 
 
 def worst_table(gates: pd.DataFrame, arms: list[str]) -> Table:
-    """A row per arm and gate that does not pass in every run: the worst verdict, in how many runs, its reading."""
+    """A row per arm and gate that does not pass in every run: the worst verdict, in how many runs, a reading of it."""
     rows = []
     for row in worst_rows(gates, arms):
         where = f"seed {row['seed_init']}" if row["seed_init"] == row["seed_data"] else row["folder"]
@@ -66,7 +66,7 @@ def worst_table(gates: pd.DataFrame, arms: list[str]) -> Table:
                 Cell(where, row["seed_init"]),
             ]
         )
-    return Table(["Model", "Gate", "Verdict", "Runs", "Worst reading", "In"], rows)
+    return Table(["Model", "Gate", "Verdict", "Runs", "Reading of one", "In"], rows)
 
 
 def event_table(events: pd.DataFrame, arms: list[str]) -> Table:

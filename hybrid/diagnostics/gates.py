@@ -6,10 +6,8 @@ and channel, or (fusion ``weighted``) one for all.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import unicodedata
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,24 +16,10 @@ from torch import Tensor
 from hybrid.data import IGNORE, Tokenizer
 from hybrid.diagnostics.windows import Windows, binned
 from hybrid.model import HybridLM
+from hybrid.observed import observed_gates
 
 CLASSES = ("letter", "capital", "digit", "space", "newline", "punctuation", "other")
 LOW, HIGH = 0.05, 0.95  # a gate beyond is saturated
-
-
-@contextlib.contextmanager
-def observed_gates(model: HybridLM) -> Iterator[dict[int, Tensor]]:
-    """By block, the gates of the last forward pass: [B,T,1], [B,T,d] or a single number."""
-    gates: dict[int, Tensor] = {}
-    fusions = {layer: block.fusion for layer, block in enumerate(model.blocks) if hasattr(block, "fusion")}
-    before = {layer: fusion.observer for layer, fusion in fusions.items()}
-    try:
-        for layer, fusion in fusions.items():
-            fusion.observer = lambda g, layer=layer: gates.__setitem__(layer, g)
-        yield gates
-    finally:
-        for layer, fusion in fusions.items():
-            fusion.observer = before[layer]
 
 
 class GateMaps:

@@ -7,7 +7,6 @@ position by position. Pinning a branch to its undisturbed outputs at all later p
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor
 
 from hybrid.data import DataError
-from hybrid.diagnostics.substitutes import Pinned, Place, branch_names, places, recorded, substituted
+from hybrid.diagnostics.substitutes import Pinned, branch_names, substituted
 from hybrid.diagnostics.windows import Windows
 from hybrid.fusion import CrossAttention
 from hybrid.model import HybridLM
+from hybrid.observed import Place, observed_kernels, places, recorded
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
@@ -77,7 +77,8 @@ def measure_influence(
     for carrier, parts in found.items():
         divergences = torch.cat(parts)
         curves[carrier] = divergences.mean(dim=0).tolist()
-        errors[carrier] = (divergences.std(dim=0) / math.sqrt(len(divergences))).tolist()
+        spread = divergences.std(dim=0) if lags else divergences.new_zeros(0)  # a context of one token has no lags
+        errors[carrier] = (spread / math.sqrt(len(divergences))).tolist()
     return curves, errors
 
 
@@ -140,19 +141,3 @@ def decay_rates(arguments: dict[str, Tensor]) -> Tensor:
     if "w" in arguments:
         return (-arguments["w"]).movedim(2, 0).flatten(1)
     return (arguments["dt"].float() * -arguments["A"].float()).movedim(2, 0).flatten(1)
-
-
-@contextlib.contextmanager
-def observed_kernels(model: HybridLM) -> Iterator[dict[Place, dict[str, Tensor]]]:
-    """By block and branch, the inputs of the recurrence's kernel in the last forward pass."""
-    calls: dict[Place, dict[str, Tensor]] = {}
-    branches = {(i, name): getattr(model.blocks[i], name) for i, name in places(model)}
-    recurrent = {place: branch for place, branch in branches.items() if hasattr(branch, "observer")}
-    before = {place: branch.observer for place, branch in recurrent.items()}
-    try:
-        for place, branch in recurrent.items():
-            branch.observer = lambda arguments, place=place: calls.__setitem__(place, arguments)
-        yield calls
-    finally:
-        for place, branch in recurrent.items():
-            branch.observer = before[place]

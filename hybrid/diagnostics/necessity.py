@@ -24,19 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.data import IGNORE
-from hybrid.diagnostics.substitutes import (
-    Fixed,
-    Moved,
-    Place,
-    Recording,
-    branch_names,
-    entered,
-    places,
-    recorded,
-    substituted,
-)
+from hybrid.diagnostics.substitutes import Fixed, Moved, branch_names, entered, substituted
 from hybrid.diagnostics.windows import Windows
 from hybrid.model import HybridLM
+from hybrid.observed import Place, Recording, places, recorded
 
 INTERVENTIONS = ("zero", "mean", "shuffle")
 

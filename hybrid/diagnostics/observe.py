@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hybrid.data import IGNORE
-from hybrid.diagnostics.gates import GateMaps, observed_gates
+from hybrid.diagnostics.gates import GateMaps
 from hybrid.diagnostics.necessity import token_losses
 from hybrid.diagnostics.outputs import OutputStatistics
-from hybrid.diagnostics.substitutes import Place, recorded
 from hybrid.diagnostics.windows import Windows, bin_starts, binned
 from hybrid.model import HybridLM
+from hybrid.observed import Place, observed_gates, recorded
 
 
 @dataclass

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid.diagnostics.substitutes import Place
 from hybrid.fusion import Fusion
 from hybrid.model import Block
+from hybrid.observed import Place
 
 SUM_TOLERANCE = 1e-3  # relative; parts that miss the fused output by more are no parts of it
 
@@ -24,7 +24,7 @@ class OutputStatistics:
         self.positions = 0
         self.sums: dict[str, Tensor] = {}  # by branch, of the outputs [d]
         self.squares: dict[tuple[str, str], float] = {}  # by kind (rms, rms_normed, share) and branch
-        self.cosines = 0.0
+        self.cosines, self.pairs = 0.0, 0  # of positions where both outputs have a direction
         self.is_sum = True
 
     def add(self, outputs: dict[Place, Tensor], gate: Tensor | None, real: Tensor) -> None:
@@ -38,7 +38,9 @@ class OutputStatistics:
         if len(names) == 2:
             normed = [self.block.fusion.normalised(x) for x in raw]
             parts = contributions(self.block.fusion, normed[0], normed[1], gate)
-            self.cosines += F.cosine_similarity(raw[0], raw[1], dim=-1)[real].double().sum().item()
+            pairs = real & (raw[0] != 0).any(dim=-1) & (raw[1] != 0).any(dim=-1)
+            self.cosines += F.cosine_similarity(raw[0], raw[1], dim=-1)[pairs].double().sum().item()
+            self.pairs += int(pairs.sum())
             self.is_sum &= parts is not None
         self.positions += int(real.sum())
         for i, name in enumerate(names):
@@ -57,13 +59,12 @@ class OutputStatistics:
         def rms(kind: str) -> dict[str, float]:
             return {name: math.sqrt(self.squares[kind, name] / self.positions) for name in self.block.branches}
 
-        two = len(self.block.branches) == 2
         return {
             "layer": self.layer,
             "rms": rms("rms"),
             "rms_normed": rms("rms_normed"),
             "share": rms("share") if self.is_sum else None,
-            "cosine": self.cosines / self.positions if two else None,
+            "cosine": self.cosines / self.pairs if self.pairs else None,
         }
 
 

@@ -1,4 +1,4 @@
-"""A diagnosis on the terminal: the branches block by block, what carries a token's influence, the updates."""
+"""A diagnosis on the terminal: the branches layer by layer, what carries a token's influence, the updates."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def show(console: Console, diagnosis: dict[str, Any], folder: str) -> None:
 
 
 def block_table(run: dict[str, Any]) -> Table:
-    """A line for each branch of each block, and one for each in all blocks together."""
+    """A line for each branch of each layer, and one for each in all layers together. Counted from 1, JSON from 0."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold", title_justify="left")
     table.title = "loss increase without a branch, nats; control: a random push as long as zero's"
-    for head in ("block", "branch"):
+    for head in ("layer", "branch"):
         table.add_column(head)
     for head in ("zero", "shuffle", "control", "half-life", "share", "gate"):
         table.add_column(head, justify="right")
@@ -45,7 +45,7 @@ def block_table(run: dict[str, Any]) -> Table:
             known = [life for life in lives if life is not None]
             gate = gates.get(layer) if i == 0 else None
             table.add_row(
-                "" if i else str(layer), name, *cells(layer, name),
+                "" if i else str(layer + 1), name, *cells(layer, name),
                 number(statistics.median(known) if known else None, ".3g"),
                 number((output["share"] or {}).get(name), ".3f"),
                 "" if gate is None else f"{gate['mean']:.2f}±{gate['std']:.2f}",

@@ -6,15 +6,14 @@ Everything here has the interface of a branch and of a block: ``forward(x, state
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from hybrid.model import HybridLM
-
-Place = tuple[int, str]  # block and branch, e.g. (3, "mamba")
+from hybrid.observed import Place, places
 
 
 class Fixed(nn.Module):
@@ -50,11 +49,6 @@ class Pinned(nn.Module):
         return torch.where(self.pinned.unsqueeze(-1), self.reference, self.branch(x)[0]), None
 
 
-def places(model: HybridLM) -> list[Place]:
-    """Every branch of every block."""
-    return [(layer, name) for layer, block in enumerate(model.blocks) for name in block.branches]
-
-
 def branch_names(model: HybridLM) -> list[str]:
     """The names of all branches, each once, in the order of their first block."""
     return list(dict.fromkeys(name for _, name in places(model)))
@@ -82,38 +76,3 @@ def entered(model: HybridLM, layer: int, x: Tensor) -> Iterator[None]:
         yield
     finally:
         model.blocks = blocks
-
-
-class Recording:
-    """What the last forward pass gave: ``inputs[layer]`` of the blocks and ``outputs[layer, branch]``, [B,T,d]."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[int, Tensor] = {}
-        self.outputs: dict[Place, Tensor] = {}
-
-
-@contextlib.contextmanager
-def recorded(model: HybridLM) -> Iterator[Recording]:
-    """Record every forward pass of the model; the last one stands."""
-    recording = Recording()
-
-    def keep_input(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            recording.inputs[layer] = arguments[0]
-
-        return hook
-
-    def keep_output(place: Place) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], result: tuple[Tensor, None]) -> None:
-            recording.outputs[place] = result[0]
-
-        return hook
-
-    handles = [block.register_forward_pre_hook(keep_input(i)) for i, block in enumerate(model.blocks)]
-    for layer, name in places(model):
-        handles.append(getattr(model.blocks[layer], name).register_forward_hook(keep_output((layer, name))))
-    try:
-        yield recording
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,8 +7,7 @@ from typing import Any
 
 from hybrid.config import used_parts
 from hybrid.gates.gate import NOT_APPLICABLE, Gate, Reading, in_words, is_number, judge, worst
-
-GROWING = 100  # steps that a branch that starts at zero has at least
+from hybrid.training.watching import settled_after
 
 
 class StateHealth(Gate):
@@ -18,8 +17,8 @@ class StateHealth(Gate):
     successive states fails healthy heads with slow decays, and its limit on large values fails RWKV-6 as soon as it is
     trained, although a GroupNorm takes their size out; the calibrated reading, which decides by default, does neither.
     Two things the specification checks elsewhere are read here as well: a branch whose output has no variance (once it
-    had some, or after warm-up and 100 steps, because RWKV-6 officially starts with an output of zero), and gates of
-    the fusion that leave a branch out.
+    had some, or after ``settled_after``, because RWKV-6 officially starts with an output of zero), and gates of the
+    fusion that leave a branch out. Words count layers from 1, the rows from 0.
     """
 
     name, test = "G3.5", "state health"
@@ -87,7 +86,7 @@ class StateHealth(Gate):
             if branch["variance"] >= self.cfg.gates.G3_5.least_variance:
                 if place not in alive:
                     alive.append(place)
-            elif place in alive or row["step"] > max(GROWING, self.cfg.schedule.warmup_steps):
+            elif place in alive or row["step"] > settled_after(self.cfg):
                 dead.append(place)
         return dead
 
@@ -107,7 +106,7 @@ def calibrated_cosine(novelty: float) -> float:
 
 def branches(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [
-        (f"layer {layer['layer']} {name}", branch)
+        (f"layer {layer['layer'] + 1} {name}", branch)
         for layer in row["layers"]
         for name, branch in layer["branches"].items()
     ]
@@ -128,7 +127,7 @@ def smallest(row: dict[str, Any], name: str) -> tuple[float | None, str]:
 
 
 def most_closed(row: dict[str, Any]) -> tuple[float | None, str]:
-    gates = [(layer["gate"]["saturated"], f"layer {layer['layer']}") for layer in row["layers"] if layer.get("gate")]
+    gates = [(layer["gate"]["closed"], f"layer {layer['layer'] + 1}") for layer in row["layers"] if layer.get("gate")]
     return max((gate for gate in gates if is_number(gate[0])), default=(None, ""))
 
 

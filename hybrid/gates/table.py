@@ -37,6 +37,9 @@ def remark(name: str, record: dict[str, Any]) -> str:
     if name == "G2" and "specified" in record:
         value = record["specified"]["value"]
         said.append(f"as specified: {record['specified']['verdict']}" + (f" ({value:.2f} nats)" if value else ""))
+    if name == "G4" and "specified" in record and record["specified"]["worst"] != record["worst"]:
+        specified = record["specified"]
+        said.append(f"as specified at worst {specified['worst']}, at step {specified['worst_step']}")
     if name == "G3.5" and record.get("cosine") is not None:
         said.append(f"as specified: {record['specified']['verdict']} (cosine {record['cosine']:.4f})")
         said.append(f"novelty {record['novelty']:.2f}, effective rank {record['effective_rank']:.1f} at worst")

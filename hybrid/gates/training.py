@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrid.config import used_parts
 from hybrid.gates.gate import NOT_APPLICABLE, Gate, Reading, in_words, is_number, judge, worst
-from hybrid.training.watching import RATIO_WINDOW
+from hybrid.training.watching import RATIO_WINDOW, settled_after
 
 LEAST_ROWS = 6  # logged steps before anything is said of a trend
 CERTAIN = 3.0  # standard errors
@@ -73,7 +73,10 @@ def fall_of(losses: list[float]) -> tuple[float, float]:
 class Balance(Gate):
     """G4: ratio of the gradient norms of the RWKV-6 and the Mamba-2 parameters, each a mean over tensors.
 
-    Every 100 steps, of the mean over the last ten logged steps, as the summary's ``grad_ratio`` is.
+    Every 100 steps, of the mean over the last ten logged steps, as the summary's ``grad_ratio`` is. With the official
+    initialisation RWKV-6's gradient is nearly zero at first and grows for some hundred steps: runs that are well have
+    ratios of 0.05 there. So until ``settled_after`` the ratio warns at most, and what is judged later is of the steps
+    after it. The specification's reading, which knows no such time, stands beside it with its own worst.
     """
 
     name, test = "G4", "component balance"
@@ -87,6 +90,9 @@ class Balance(Gate):
         if row["kind"] != "train" or "grad_ratio" not in row:
             return None
         ratio, step, every = row["grad_ratio"], row["step"], self.cfg.gates.G4.every
+        early = step <= settled_after(self.cfg)
+        if not early and not memory.get("settled"):
+            memory.update(settled=True, ratios=[])
         ratios = memory["ratios"] = [*memory.get("ratios", []), ratio][-RATIO_WINDOW:]
         if step // every == memory.get("step", 0) // every:
             return None
@@ -95,7 +101,15 @@ class Balance(Gate):
             return Reading("fail", f"ratio not finite among the last {len(ratios)} logged steps")
         value = fmean(ratios)
         text = f"RWKV/Mamba {value:.3f} over {len(ratios)} logged steps to {step:,}"
-        return Reading(judge(value, self.cfg.gates.G4.grad_ratio), text, value)
+        verdict = specified = judge(value, self.cfg.gates.G4.grad_ratio)
+        if early:
+            verdict = "warn" if specified == "fail" else specified
+            when = "warm-up" if step <= self.cfg.schedule.warmup_steps else "early"
+            text += f"; {when}: warns at most until step {settled_after(self.cfg):,}"
+        before = memory.get("specified")
+        if before is None or worst([specified, before["worst"]]) != before["worst"]:
+            before = memory["specified"] = {"worst": specified, "worst_step": step}
+        return Reading(verdict, text, value, {"specified": {"verdict": specified, "value": value, **before}})
 
     def thresholds(self) -> str:
         return in_words(self.cfg.gates.G4.grad_ratio)

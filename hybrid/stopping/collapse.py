@@ -10,8 +10,7 @@ from hybrid.stopping.rule import Finding, Rule, finite
 class Collapse(Rule):
     """Stops where the variance of a branch's output is below ``variance`` in ``probes`` probe rows in a row.
 
-    A branch must have been above it before, or the warm-up be over: with the official initialisation RWKV-6's output
-    is exactly zero at step 0.
+    A branch must have been above it before, or have had the time to get there (``settled_after``), as in gate G3.5.
     """
 
     name = "collapse"
@@ -25,7 +24,8 @@ class Collapse(Rule):
             for branch, measured in layer["branches"].items():
                 if not finite(measured.get("variance")):
                     continue
-                reason = self._look(f"{branch} of layer {layer['layer']}", row["step"], measured["variance"], memory)
+                place = f"{branch} of layer {layer['layer'] + 1}"
+                reason = self._look(place, row["step"], measured["variance"], memory)
                 found = found or reason
         return None if found is None else self.stop(found)
 
@@ -34,7 +34,7 @@ class Collapse(Rule):
         if variance >= self.cfg.variance:
             mine.update(alive=True, low=[])
             return None
-        if not mine["alive"] and step <= self.warmup_steps:
+        if not mine["alive"] and step <= self.settled_after:
             return None
         mine["low"] = [*mine["low"], [step, variance]][-self.cfg.probes :]
         if len(mine["low"]) < self.cfg.probes:

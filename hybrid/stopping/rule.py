@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid.schema import Config
+from hybrid.training.watching import settled_after
 
 STOP, REDUCE_LR = "stop", "reduce_lr"
 
@@ -36,7 +37,7 @@ class Rule:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = getattr(cfg.stopping, self.name)
-        self.warmup_steps = cfg.schedule.warmup_steps
+        self.warmup_steps, self.settled_after = cfg.schedule.warmup_steps, settled_after(cfg)
         self.max_steps = cfg.trainer.max_steps
 
     def see(self, row: dict[str, Any], memory: dict[str, Any]) -> Finding | None:

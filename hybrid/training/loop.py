@@ -110,6 +110,8 @@ class Trainer:
                 for member in self.members:
                     member.introduce(self.environment)
                     member.validate(0)
+                for k, member in self.running:
+                    self.step.scale_lr(k, member.state["lr_scale"])
             clock, clock_step = time.monotonic(), start
             for step in range(start + 1, trainer.max_steps + 1):
                 if not self.running:  # stopped before the first step

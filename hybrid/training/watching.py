@@ -13,6 +13,7 @@ from hybrid.schema import Config
 
 RATIO_WINDOW = 10  # logged steps behind the gradient ratio of summary and gate
 RED_FLAG = "red flag"  # begins the news that a person should see at once
+SETTLING = 100  # steps that a branch that starts at zero has at least, however short the warm-up
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Watcher:
         self.state: dict[str, Any] = {}
 
     def begin(self, environment: dict[str, Any]) -> Action | None:
-        """Before the first row of a run that is not resumed; ``environment`` is the record's."""
+        """Before the first row of a run that is not resumed; ``environment`` is the record's.
+
+        A run whose end is asked for here is evaluated at step 0 and takes no step.
+        """
         return None
 
     def see(self, row: dict[str, Any]) -> Action | None:
@@ -47,6 +51,14 @@ class Watcher:
     def news(self) -> list[str]:
         """What the last row changed, a line each, for the log and the person who watches: red after ``RED_FLAG``."""
         return []
+
+
+def settled_after(cfg: Config) -> int:
+    """The last step at which a branch may still be waking up.
+
+    With the official initialisation RWKV-6's output, and with it most of its gradient, is exactly zero at step 0.
+    """
+    return max(SETTLING, cfg.schedule.warmup_steps)
 
 
 def build_watchers(cfg: Config) -> list[Watcher]:

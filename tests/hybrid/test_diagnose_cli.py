@@ -278,7 +278,7 @@ def test_options_that_cannot_be(runs):
     ):
         answer = diagnose(runs["gain"], *options)
         assert answer.code == 2
-        assert words in answer.err
+        assert words in error_line(answer)
     answer = diagnose(runs["gain"], "--device", "cuda:99")
     assert answer.code == 2
     assert error_line(answer).startswith("error: --device cuda:99: this machine has")

@@ -195,6 +195,14 @@ def test_sizes_and_shares_of_outputs(norm):
 
 
 @torch.no_grad()
+def test_an_output_of_zero_has_no_direction():
+    model, windows = stirred("model.pattern=P", "fusion=gain"), windows_of(3)
+    assert observe(model, windows, NO_CLASSES).outputs[0].describe()["cosine"] is not None
+    model.blocks[0].rwkv.o_proj.weight.zero_()
+    assert observe(model, windows, NO_CLASSES).outputs[0].describe()["cosine"] is None
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["gain", "weighted", "gated", "gated_channel", "concat", "residual"])
 def test_contributions_add_up_to_the_fused_output(name):
     fusion = stirred("model.pattern=P", f"fusion={name}").blocks[0].fusion

@@ -12,9 +12,10 @@ from hybrid import build_model
 from hybrid.data import IGNORE, DataError
 from hybrid.diagnostics.memory import Changes, draw_changes, lags_of, measure_half_lives, measure_influence
 from hybrid.diagnostics.necessity import measure_necessity
-from hybrid.diagnostics.substitutes import Fixed, recorded, substituted
+from hybrid.diagnostics.substitutes import Fixed, substituted
 from hybrid.diagnostics.windows import Windows
 from hybrid.model import HybridLM
+from hybrid.observed import recorded
 from tests.hybrid.configs import VOCAB, small, stirred
 from tests.hybrid.test_diagnose_necessity import windows_of
 
@@ -127,6 +128,13 @@ def test_errors_are_over_the_changes():
     assert curves["mamba"] == curves["full"]
     assert curves["full"][0] == pytest.approx(sum(alone) / 5)
     assert errors["full"][0] == pytest.approx(torch.tensor(alone).std().item() / math.sqrt(5), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_context_of_one_token_has_no_lags():
+    model, windows = stirred("model.pattern=P"), windows_of(4, length=1)
+    curves, errors = measure_influence(model, draw_changes(windows, 5), 2, CPU)
+    assert curves == errors == {"lags": [], "full": [], "rwkv": [], "mamba": []}
 
 
 def fix_rwkv_decay(model: HybridLM, half_life: float) -> None:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from hybrid.data import IGNORE
 from hybrid.diagnostics.necessity import derangement, disturbed, mean_and_error, measure_necessity, push, replacements
-from hybrid.diagnostics.substitutes import Fixed, places, recorded, substituted
+from hybrid.diagnostics.substitutes import Fixed, substituted
 from hybrid.diagnostics.windows import Windows
 from hybrid.model import HybridLM
+from hybrid.observed import places, recorded
 from tests.hybrid.configs import stirred, tokens
 
 CPU = torch.device("cpu")

@@ -13,6 +13,8 @@ import torch.nn as nn
 
 from hybrid import build_model
 from hybrid.config import ConfigError, identity
+from hybrid.gates.gate import Reading
+from hybrid.gates.start import Kernels
 from hybrid.gates.training import fall_of
 from hybrid.gates.watching import ALL, GateWatcher
 from hybrid.model import HybridLM
@@ -20,7 +22,7 @@ from hybrid.probe import Probe
 from hybrid.run import execute
 from hybrid.training import member
 from hybrid.training.loop import Trainer
-from hybrid.training.watching import RED_FLAG
+from hybrid.training.watching import RED_FLAG, Action
 from tests.hybrid.configs import config, stirred
 from tests.hybrid.configs import small as small_config
 from tests.hybrid.trainers import CPU
@@ -47,7 +49,7 @@ def probe_row(
 ) -> dict[str, Any]:
     """A healthy model's row, layer 0 with both branches, but for what is given."""
     layer = {
-        "layer": 0, "cosine": 0.1, "gate": {"mean": 0.5, "saturated": closed},
+        "layer": 0, "cosine": 0.1, "gate": {"mean": 0.5, "closed": closed},
         "branches": {"rwkv": rwkv or branch(), "mamba": mamba or branch()},
     }  # fmt: skip
     return {"kind": "probe", "step": step, "entropy": 4.5, "entropy_normalised": 0.99, "finite": True, "shape_ok": True,
@@ -149,6 +151,14 @@ CASES: list[tuple[str, list[dict[str, Any]], str, tuple[str, ...]]] = [
     ("G4", train_rows(FALLING[:9], ratio=0.01), "n/a", ()),  # before step 100
     ("G4", [*train_rows(FALLING[:8], ratio=0.01), *train_rows(FALLING)[8:15]], "warn", ()),  # 0.208 at step 100 ...
     ("G4", [*train_rows(FALLING[:8], ratio=9.0), *train_rows(FALLING)[8:]], "pass", ()),  # ... and 1 at step 200
+    # A branch that is waking up: a warning in the first 100 steps and in the warm-up, a failure after them.
+    ("G4", train_rows(FALLING[:10], ratio=0.01), "warn", ()),
+    ("G4", train_rows(FALLING, ratio=0.01), "fail", ()),
+    ("G4", train_rows(FALLING, ratio=0.01), "warn", ("schedule.warmup_steps=200",)),
+    ("G4", train_rows(FALLING, ratio=0.01), "fail", ("schedule.warmup_steps=199",)),  # one logged step, at 200
+    # Of the steps after the warm-up alone: 0.2 over five of them, where ten would have 0.1005.
+    ("G4", [*train_rows(FALLING, ratio=0.001)[:15], *train_rows(FALLING, ratio=0.2)[15:]], "warn",
+     ("schedule.warmup_steps=150", "gates.G4.grad_ratio.warns=[0.15,10]")),
 ]  # fmt: skip
 
 
@@ -235,6 +245,30 @@ def test_specified_reading_beside_the_calibrated_one_is_of_the_specifications_th
         assert told([row]).summary()["gates"]["G3.5"]["specified"]["verdict"] == expected
 
 
+def test_balance_in_the_warm_up_is_information_and_its_worst_is_kept() -> None:
+    """Ratios as in a healthy run: 0.05 at step 100, 0.2 from 200 on."""
+    rows = [*train_rows(FALLING, ratio=0.05)[:10], *train_rows(FALLING * 2, ratio=0.2)[10:]]
+    watcher = GateWatcher(config("schedule.warmup_steps=100", "gates.on_fail.G4=stop"))
+    watcher.begin(ENVIRONMENT)
+    actions, said = [], []
+    for row in rows:
+        actions.append(watcher.see(row))
+        said += [line for line in watcher.news() if "G4" in line]
+        if row["step"] == 100:
+            found = watcher.summary()["gates"]["G4"]
+            assert found["verdict"] == found["worst"] == "warn"
+            assert found["reading"] == (
+                "RWKV/Mamba 0.050 over 10 logged steps to 100; warm-up: warns at most until step 100"
+            )
+    assert actions == [None] * len(rows) and said == []
+    found = watcher.summary()["gates"]["G4"]
+    assert (found["verdict"], found["worst"], found["worst_step"]) == ("warn", "warn", 100)
+    assert found["reading"] == "RWKV/Mamba 0.200 over 10 logged steps to 400"
+    assert found["specified"] == {
+        "verdict": "warn", "value": pytest.approx(0.2), "worst": "fail", "worst_step": 100,
+    }  # fmt: skip
+
+
 def test_trend_is_not_flipped_by_noise() -> None:
     generator = np.random.default_rng(0)
     noise = lambda scale: scale * generator.standard_normal(100)  # noqa: E731
@@ -295,12 +329,12 @@ def shut_gate(model: HybridLM) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (freeze_rwkv, "calibrated cosine 1.000 (layer 1 rwkv)"),
-        (freeze_one_mamba_head, "calibrated cosine 1.000 (layer 0 mamba)"),
-        (lambda model: fill(model.blocks[1].rwkv.o_proj.weight, 0.0), "dead: layer 1 rwkv"),
-        (lambda model: fill(model.blocks[0].mamba.out_proj.weight, 0.0), "dead: layer 0 mamba"),
-        (shut_gate, "closed gates 100% (layer 0)"),
-        (large_state, "(layer 1 mamba)"),
+        (freeze_rwkv, "calibrated cosine 1.000 (layer 2 rwkv)"),
+        (freeze_one_mamba_head, "calibrated cosine 1.000 (layer 1 mamba)"),
+        (lambda model: fill(model.blocks[1].rwkv.o_proj.weight, 0.0), "dead: layer 2 rwkv"),
+        (lambda model: fill(model.blocks[0].mamba.out_proj.weight, 0.0), "dead: layer 1 mamba"),
+        (shut_gate, "closed gates 100% (layer 1)"),
+        (large_state, "(layer 2 mamba)"),
     ],
 )
 def test_damage_is_caught(damage: Any, words: str) -> None:
@@ -357,17 +391,16 @@ def test_a_gate_asks_for_the_end_only_where_it_is_to() -> None:
 
 
 def test_a_failed_gate_stops_a_run_with_its_reason(small: Setting) -> None:
-    folder, summary = small.run(
-        "gates.on_fail.G4=stop", "gates.G4.grad_ratio={passes: [50, 60], warns: [40, 70]}", "gates.G4.every=6",
-        "trainer.eval_every=100",
-    )  # fmt: skip
-    ratio = summary["gates"]["G4"]["value"]
-    reason = f"gate G4 component balance: RWKV/Mamba {ratio:.3f} over 2 logged steps to 6"
+    norms = ("gates.G3.grad_norm={passes: [500, 600], warns: [400, 700]}", "trainer.log_every=1")
+    folder, summary = small.run("gates.on_fail.G3=stop", *norms, "trainer.eval_every=100")
+    found = summary["gates"]["G3"]
+    assert f"gradient norm {found['value']:.2f}, 6 of 1,000 steps" in found["reading"]
+    reason = f"gate G3 first steps: {found['reading']}"
     assert (summary["status"], summary["steps"], summary["stop_reason"]) == ("stopped", 6, reason)
-    assert f"red flag: G4 component balance fails at step 6: RWKV/Mamba {ratio:.3f}" in folder.log.read_text()
-    assert [row["step"] for row in rows(folder)] == [0, 3, 6, 6]  # it ends with an evaluation
-    other, warned = small.run("gates.G4.grad_ratio={passes: [50, 60], warns: [40, 70]}", "gates.G4.every=6")
-    assert (warned["status"], warned["steps"], warned["gates"]["G4"]["verdict"]) == ("completed", 12, "fail")
+    assert f"red flag: G3 first steps fails at step 6: {found['reading']}" in folder.log.read_text()
+    assert [row["step"] for row in rows(folder)] == [0, 1, 2, 3, 4, 5, 6, 6]  # it ends with an evaluation
+    other, warned = small.run(*norms)
+    assert (warned["status"], warned["steps"], warned["gates"]["G3"]["verdict"]) == ("completed", 12, "fail")
     assert other.path != folder.path  # what may stop a run is part of its identity
 
 
@@ -385,14 +418,36 @@ def test_a_model_that_starts_broken_takes_no_step(small: Setting, monkeypatch: p
     assert [row["kind"] for row in rows(folder)] == ["eval"] and summary["gates"]["G3"]["verdict"] == "n/a"
 
 
+def test_an_end_asked_for_before_the_first_row_comes_after_an_evaluation(
+    small: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_update", lambda *_: pytest.fail("it takes a step"))
+    monkeypatch.setattr(Kernels, "begin", lambda *_: Reading("fail", "wkv6 is served by nothing"))
+    folder, summary = small.run()
+    assert (summary["status"], summary["steps"], summary["tokens"]) == ("stopped", 0, 0)
+    assert summary["stop_reason"] == "gate G0 kernels: wkv6 is served by nothing"
+    assert [row["kind"] for row in rows(folder)] == ["eval"] and summary["final_val_loss"] > 0
+    assert not (folder.checkpoints / "final.safetensors").exists()
+
+
+def test_a_learning_rate_lowered_at_step_0_holds_from_step_1_on(
+    small: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GateWatcher, "begin", lambda *_: Action("half of it", 0.5))
+    scales = []
+    update = Trainer._update
+    monkeypatch.setattr(Trainer, "_update", lambda self, step: (scales.append(self.step.lr_scale), update(self, step)))
+    folder, summary = small.run()
+    assert scales == [0.5] * summary["steps"] and "learning rate x0.5: half of it" in folder.log.read_text()
+
+
 def test_a_flag_is_red_on_a_terminal(
     small: Setting, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("gates.G4.grad_ratio.passes=[3, 3]", "gates.G4.grad_ratio.warns=[3, 3]", "gates.G4.every=3",
-               "trainer.max_steps=3")  # fmt: skip
+    options = ("gates.G2.normalised.passes=[0.1, 0.2]", "gates.G2.normalised.warns=[0.1, 0.2]", "trainer.max_steps=3")
     execute(small.plan("display.progress=plain", *options), [])
     plain = capsys.readouterr().out
-    assert "red flag: G4" in plain and "\x1b" not in plain
+    assert "red flag: G2" in plain and "\x1b" not in plain
     monkeypatch.setenv("FORCE_COLOR", "1")
     execute(small.plan("display.progress=plain", "seed_init=1", *options), [])
     shown = [line for line in capsys.readouterr().out.splitlines() if "red flag" in line]

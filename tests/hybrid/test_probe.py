@@ -230,7 +230,7 @@ def test_row_of_a_model() -> None:
         assert first["branches"][name]["rms"] == pytest.approx(out.square().mean().sqrt().item(), rel=1e-5)
         assert first["branches"][name]["variance"] == pytest.approx(out.flatten(0, 1).var(0).mean().item(), rel=1e-5)
     cosine = F.cosine_similarity(outputs["rwkv"], outputs["mamba"], dim=-1).mean().item()
-    assert first["cosine"] == pytest.approx(cosine, abs=1e-5) and first["gate"]["saturated"] == 0
+    assert first["cosine"] == pytest.approx(cosine, abs=1e-5) and first["gate"]["closed"] == 0
     assert [layer["cosine"] is None for layer in row["layers"]] == [False, True, True, True]
     for name in ("cosine", "novelty", "top5_share", "effective_rank", "saturated"):
         for layer, branch in ((0, "rwkv"), (0, "mamba"), (1, "rwkv"), (2, "mamba")):

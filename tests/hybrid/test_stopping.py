@@ -293,11 +293,21 @@ def test_collapse(series: list[Row], at: int | None) -> None:
     assert events == ([] if at is None else [("collapse", at, "stop")])
 
 
+@pytest.mark.parametrize("warmup, last", [(2, 100), (100, 100), (150, 150)])
+def test_a_branch_that_wakes_up_has_the_warm_up_and_a_hundred_steps(warmup: int, last: int) -> None:
+    """RWKV-6's output is exactly zero at first: with a warm-up of two steps it is still nearly that at step 6."""
+    rules = lambda: StoppingRules(config(f"schedule.warmup_steps={warmup}"))  # noqa: E731
+    asleep = [probe(step, rwkv=0.0) for step in range(0, last + 1, 2)]
+    assert feed(rules(), [*asleep, probe(last + 2, rwkv=0.1)])[0] == []
+    later = [probe(step, rwkv=0.0) for step in (last + 1, last + 2)]
+    assert feed(rules(), [*asleep, *later])[0] == [("collapse", last + 2, "stop")]
+
+
 def test_collapse_says_where() -> None:
     rows = [probe(0, rwkv=0.1, mamba=0.1), *(probe(step, rwkv=0.1, mamba=step / 1e9) for step in (10, 20))]
     _, (action,) = feed(only("collapse"), rows)
     assert action.reason == (
-        "collapse: the output of mamba of layer 1 is constant: variance 1e-08 (step 10), 2e-08 (step 20), limit 1e-06"
+        "collapse: the output of mamba of layer 2 is constant: variance 1e-08 (step 10), 2e-08 (step 20), limit 1e-06"
     )
     assert feed(only("collapse", "collapse.probes=3"), rows)[0] == []
     assert feed(only("collapse", "collapse.variance=1e-9"), rows)[0] == []

@@ -180,7 +180,10 @@ def test_names_and_numbers():
 
 def test_remarks_name_what_was_not_made_alike():
     found = diagnoses({("rwkv", "zero"): [0.1, 0.2, 0.3]})
-    assert remarks(found, {"gated": 3}, ["gated"]) == []
+    found["about"]["step"] = [60, 2000, 50]
+    assert remarks(found, {"gated": 3}, ["gated"]) == ["Measured on the best weights, of steps 50 to 2,000."]
+    found["about"]["step"] = 60
+    assert remarks(found, {"gated": 3}, ["gated"]) == ["Measured on the best weights, of step 60."]
     found["about"].loc[0, ["checkpoint", "tokens"]] = ["final", 1000.0]
     said = remarks(found, {"gated": 5, "gain": 5}, ["gated", "gain"])
     assert said == [
