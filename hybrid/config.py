@@ -55,19 +55,27 @@ def read_composed(composed: DictConfig) -> Config:
     """What Hydra composed as dataclasses: keys and types are checked, values are not. Raises ``ConfigError``."""
     try:
         plain = OmegaConf.create({key: value for key, value in composed.items() if key != "hydra"})
-        for section in dataclasses.fields(Config):
-            given = plain._get_node(section.name)
-            if dataclasses.is_dataclass(section.default_factory) and not isinstance(given, DictConfig | None):
-                raise ConfigError(f"{section.name}: a section of keys is needed, got '{given}'")
+        check_sections(plain, Config)
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key or 'a key'} is not set") from error
     except ConfigKeyError as error:
         raise ConfigError(unknown_key(error.full_key or str(error.key))) from error
     except OmegaConfBaseException as error:
-        key = error.full_key or "configuration"
-        raise ConfigError(f"{key}: {(error.msg or str(error)).splitlines()[0]}") from error
+        key, said = error.full_key or "configuration", (error.msg or str(error)).splitlines()[0]
+        raise ConfigError(f"{key}: {'a list is needed, [a,b]' if 'is not a ListConfig' in said else said}") from error
     return cfg
+
+
+def check_sections(given: DictConfig, schema: type, parent: str = "") -> None:
+    """Raise ``ConfigError`` for a value where the schema has a section."""
+    for field in dataclasses.fields(schema):
+        node = given._get_node(field.name)
+        if node is None or not dataclasses.is_dataclass(field.default_factory):
+            continue
+        if not isinstance(node, DictConfig):
+            raise ConfigError(f"{parent}{field.name}: a section of keys is needed, got '{node}'")
+        check_sections(node, field.default_factory, f"{parent}{field.name}.")
 
 
 def validate(cfg: Config) -> None:

@@ -45,6 +45,33 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+class Noticed:
+    """While it is entered, ``asked`` says whether Ctrl-C came, besides what was done about it before.
+
+    The ``KeyboardInterrupt`` that it raises can be lost: libraries that catch everything swallow it.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self.before(number, frame)
+
+    def __enter__(self) -> Noticed:
+        self.before = signal.getsignal(signal.SIGINT)
+        self.installed = False
+        if callable(self.before):
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGINT, self._notice)
+                self.installed = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.installed:
+            signal.signal(signal.SIGINT, self.before)
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Let both signals wait. A process that is started inside inherits that, and none ends it before it is ready."""

@@ -30,6 +30,7 @@ from hybrid.schema import Config
 from sweeps.expand import plain_key
 from sweeps.outcome import write_search_file
 from sweeps.space import Space
+from sweeps.stopping import Noticed
 from sweeps.storage import storage_errors
 from sweeps.study import Study, Worker
 
@@ -44,11 +45,13 @@ def work(composed: DictConfig) -> None:
     study = Study(cfg.sweep.search, str(cfg.sweep.search.study_name), root)
     compose = composer(hydra, study.space)
     corpus = check_data(cfg)
-    with Worker(root) as worker:
+    with Worker(root) as worker, Noticed() as interrupt:
         while (trial := study.claim(worker)) is not None:
             with study.holding(trial):
                 run_trial(study, trial, cfg, corpus, compose)
             write_search_file(study, cfg)
+            if interrupt.asked:
+                raise KeyboardInterrupt
 
 
 def loader_of(hydra: HydraConf) -> ConfigLoaderImpl:

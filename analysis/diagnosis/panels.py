@@ -67,7 +67,7 @@ def arm_panels(
         part = own / row_heights[i // columns] * place.height  # of the height, the upper part
         ax.set_position((place.x0, place.y1 - part, place.width, part))
     for ax, arm in zip(axes, arms, strict=False):
-        ax.set_title(shorten(arm, int(9 * width)), fontsize=9.5, pad=8)
+        ax.set_title(shorten(arm, int(12 * width)), fontsize=9.5, pad=8)
         above = ax.transAxes + ScaledTranslation(0, 3.5 / 72, figure.dpi_scale_trans)
         bar = {"transform": above, "clip_on": False, "solid_capstyle": "butt"}
         ax.plot([0, 1], [1, 1], color=styles[arm].colour, lw=3, ls="-", **bar)

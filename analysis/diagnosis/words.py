@@ -171,9 +171,12 @@ def _weights(about: pd.DataFrame) -> list[str]:
 def remarks(found: Diagnoses, runs_per_arm: dict[str, int], arms: list[str]) -> list[str]:
     """What to know before comparing the arms: which weights and runs are diagnosed, and what was not made alike."""
     about, said = found["about"], _weights(found["about"])
-    for arm in arms:
-        if arm in found.arms and (count := int((about["arm"] == arm).sum())) < runs_per_arm[arm]:
-            said.append(f"{arm}: {count} of {runs_per_arm[arm]} runs diagnosed.")
+    counts = {arm: (int((about["arm"] == arm).sum()), runs_per_arm[arm]) for arm in arms if arm in found.arms}
+    few = {arm: f"{count} of {runs} runs" for arm, (count, runs) in counts.items() if count < runs}
+    if len(few) == len(counts) > 1 and len(set(few.values())) == 1:
+        said.append(f"Of every arm, {next(iter(few.values()))} are diagnosed.")
+    else:
+        said += [f"{arm}: {words} diagnosed." for arm, words in few.items()]
     without = [arm for arm in arms if arm not in found.arms]
     if without:
         listed = ", ".join(without) if len(without) <= 6 else f"{len(without)} arms"

@@ -54,14 +54,16 @@ def tradeoffs(runs: pd.DataFrame, metric: str, arms: list[str], styles: dict[str
     figure = Figure(figsize=(4.0 * len(costs) + 0.4, max(3.8, 0.19 * len(named) + 0.8)))
     axes = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     figure.subplots_adjust(left=0.08, right=0.97, top=0.92, bottom=0.13, wspace=0.08)
+    lines = 0
     for ax, cost in zip(axes, costs, strict=True):
-        _panel(ax, cost, means[cost.column], means[metric], spread, styles)
+        lines += _panel(ax, cost, means[cost.column], means[metric], spread, styles)
         ax.label_outer()
     axes[0].set_ylabel(f"{METRIC_WORDS[metric]}, nats per token", fontsize=9)
     name_arms(figure, named, styles)
-    several = "bars: range of the seeds; " if runs["arm"].duplicated().any() else ""
-    words = f"Means over seeds, {several}line: Pareto front (no other arm is at least as good in both)."
-    figure.text(0.08, -0.005, words, color=FAINT, fontsize=8.5, va="top")
+    words = ["Means over seeds" + (", bars: range of the seeds" if runs["arm"].duplicated().any() else "")]
+    if lines:
+        words.append("line: Pareto front (no other arm is at least as good in both)")
+    figure.text(0.08, -0.005, "; ".join(words) + ".", color=FAINT, fontsize=8.5, va="top")
     return figure
 
 
@@ -70,7 +72,8 @@ def _differs(values: pd.Series) -> bool:
     return len(values) > 1 and values.max() / values.min() - 1 > _LEAST_SPREAD
 
 
-def _panel(ax: Axes, cost: Cost, x: pd.Series, y: pd.Series, spread: pd.DataFrame, styles: dict[str, ArmStyle]) -> None:
+def _panel(ax: Axes, cost: Cost, x: pd.Series, y: pd.Series, spread: pd.DataFrame, styles: dict[str, ArmStyle]) -> bool:
+    """Draw a cost; whether the Pareto front is a line, not a single arm."""
     x = x[x.notna() & y.notna()]
     y = y[x.index]
     front = pareto_front(y.to_numpy(), x.to_numpy() * (-1 if cost.more_is_better else 1))
@@ -91,6 +94,7 @@ def _panel(ax: Axes, cost: Cost, x: pd.Series, y: pd.Series, spread: pd.DataFram
     ax.margins(x=0.08)
     ax.set_title(f"Loss against {cost.label.partition(',')[0]}")
     ax.set_xlabel(cost.label + (" (more is better)" if cost.more_is_better else ""))
+    return len(line) > 1
 
 
 def _short(value: float, _: object = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sweeps import worker
 from tests.processes import holder, metrics_steps
 from tests.runs import Answer, Setting, cli, finish, results, rows, snapshot, start, strict_json, wait_for
 
@@ -352,6 +354,22 @@ def test_a_stopped_and_then_killed_search_goes_on_as_if_nothing_had_happened(sma
     process.wait()
     assert cli(command, "-m").code == 0
     same_as(search, root)
+
+
+def test_an_interrupt_that_a_library_swallows_still_stops_the_search(
+    small: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = worker.tell
+
+    def careless(*arguments: Any) -> None:
+        original(*arguments)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(worker, "tell", careless)
+    answer = cli(without_lr(small, *SEARCH, "sweep.search.n_trials=3"), "-m")
+    assert answer.code == 130 and "1 of 3 trials are done" in answer.out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow
