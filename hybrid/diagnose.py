@@ -10,19 +10,13 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
+from hybrid.arguments import Parser
 from hybrid.config import ConfigError
 from hybrid.data import DataError
 from hybrid.diagnostics.loading import CHECKPOINTS, find_runs, open_run
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        complain(f"{message} (--help shows the arguments)")
-        sys.exit(2)
 
 
 def main(arguments: list[str] | None = None) -> None:

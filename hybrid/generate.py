@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hybrid.arguments import Parser
 from hybrid.config import ConfigError, from_yaml
 from hybrid.data import DataError, Tokenizer, load_tokenizer
 from hybrid.schema import Config, KernelsConfig
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hybrid.generate", description=__doc__)
+    parser = Parser(prog="python -m hybrid.generate", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a run's folder (its best weights) or a .safetensors file in it")
     parser.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
     parser.add_argument("--tokens", type=int, default=500, help="how many tokens to add (default 500)")

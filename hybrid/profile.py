@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from hybrid.arguments import Parser, fail
 
 if TYPE_CHECKING:
     from hybrid.bench.regions import Breakdown
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
 SCHEMA = "groundthink.profile/1"
 BEFORE = 6  # steps before anything is timed: kernels are compiled and the CUDA graph is recorded
 EXAMPLE = "example: python -m hybrid.profile model=hybrid_5m trainer.batch_size=64 trainer.grad_accum=1 data.seq_len=64"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (--help shows the arguments)")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -188,11 +184,6 @@ def marked() -> Iterator[None]:
     finally:
         for (module, name, _), function in zip(places, before, strict=True):
             setattr(module, name, function)
-
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

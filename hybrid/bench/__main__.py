@@ -11,7 +11,8 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+
+from hybrid.arguments import Parser, amount, fail, override
 
 USAGE = """\
 commands:
@@ -25,11 +26,6 @@ exit status: 0, 1 for a row that failed or became slower, 2 for bad arguments
 """
 PRESETS = ("hybrid_5m", "hybrid_6m", "hybrid_8m", "transformer", "rwkv6", "mamba2")
 WAYS = ("eager", "graph", "auto", "seeds", "transformer")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (--help shows the arguments)")
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -57,22 +53,6 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number of at least 1 is needed, got '{text}'")
     return int(text)
-
-
-def amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number above 0 is needed, got '{text}'")
-    return value
-
-
-def override(text: str) -> str:
-    if not re.match(r"[+~]*[\w.@/]+=", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no key=value")
-    return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -213,11 +193,6 @@ def check_overrides(overrides: list[str]) -> None:
         check_data(configuration(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
-
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,37 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from typing import Any, NoReturn
+
+from hybrid.arguments import Parser, amount, override
 
 USAGE = """\
 Takes the keys of hybrid.train; trains a few steps on a small batch, in memory: nothing is written to outputs/.
 
 exit status: 0 where every gate passes, warns or does not apply, 1 where one fails, 2 for a bad configuration
 """
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (--help shows the arguments)", 2)
-
-
-def amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number above 0 is needed, got '{text}'")
-    return value
-
-
-def override(text: str) -> str:
-    if not re.match(r"[+~]*[\w.@/]+=", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no key=value")
-    return text
 
 
 def main(arguments: list[str] | None = None) -> None:
