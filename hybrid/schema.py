@@ -309,7 +309,7 @@ class SweepConfig:
     grid: dict[str, list[Any]] = field(default_factory=dict)  # key -> values, all combinations
     only: list[str] | None = None  # of the arms, run these
     seeds: list[int] | None = None  # each sets seed_init and seed_data
-    together: list[Any] | None = None  # variant, seeds and learning rates of each run of a job; set by the sweeper
+    together: list[Any] | None = None  # what is its own of each run of a job (sweeps.grouping); set by the sweeper
     retry_failed: bool = False  # run failed runs again
     dry_run: bool = False  # only list the runs, with an estimate of their time
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -126,17 +126,18 @@ def job(composed: DictConfig) -> dict | None:
 
 
 def several(cfg: Config, overrides: list[str]) -> list[dict | None]:
-    """Runs of a sweep that differ by their seeds and learning rates, trained as one."""
+    """Runs of a sweep that differ by their seeds and learning rates, trained as one (``sweeps.grouping``)."""
     corpus = check_data(cfg)
     runs, lines = [], []
     for own in cfg.sweep.together:
         one = copy.deepcopy(cfg)
         one.sweep.together = None
         one.seed_init, one.seed_data = own["seed_init"], own["seed_data"]
-        one.optim = replace(one.optim, **own["optim"])
+        one.optim, one.init = replace(one.optim, **own["optim"]), replace(one.init, **own["init"])
         runs.append(plan(one, corpus, own["variant"]))
-        rates = [f"optim.{key}={value}" for key, value in own["optim"].items()]
-        lines.append([*overrides, *rates, f"seed_init={one.seed_init}", f"seed_data={one.seed_data}"])
+        values = [(f"{part}.{key}", value) for part in ("optim", "init") for key, value in own[part].items()]
+        apart = [f"{key}={'null' if value is None else value}" for key, value in values]
+        lines.append([*overrides, *apart, f"seed_init={one.seed_init}", f"seed_data={one.seed_data}"])
     return execute_together(runs, lines)
 
 

@@ -1,4 +1,7 @@
-"""Which runs of a sweep train as one: those that differ by nothing but their seeds and learning rates."""
+"""Which runs of a sweep train as one: those that differ by nothing but their seeds and learning rates.
+
+Another draw of the initial values (``init.stream``) counts as another seed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from hybrid.config import identity
 from hybrid.run import PlannedRun
 from sweeps.expand import SEED_KEYS, hydra_value, plain_key
 
-RATES = ("lr", "rwkv_lr_mult", "mamba_lr_mult", "fusion_lr_mult")  # of optim
+# What may differ, by section of the configuration, besides the seeds.
+APART = {"optim": ("lr", "rwkv_lr_mult", "mamba_lr_mult", "fusion_lr_mult"), "init": ("stream",)}
 
 
 def group_alike(runs: Sequence[PlannedRun], todo: list[int]) -> list[list[int]]:
@@ -19,8 +23,9 @@ def group_alike(runs: Sequence[PlannedRun], todo: list[int]) -> list[list[int]]:
         plain = identity(runs[i].cfg)
         for key in SEED_KEYS:
             plain.pop(key, None)
-        for key in RATES:
-            plain["optim"].pop(key, None)
+        for section, keys in APART.items():
+            for key in keys:
+                plain[section].pop(key, None)
         alike.setdefault(json.dumps(plain, sort_keys=True), []).append(i)
     groups = []
     for members in alike.values():
@@ -38,13 +43,16 @@ def group_overrides(overrides: Sequence[str], members: Sequence[PlannedRun]) -> 
             "variant": run.variant,
             "seed_init": run.cfg.seed_init,
             "seed_data": run.cfg.seed_data,
-            "optim": {key: getattr(run.cfg.optim, key) for key in RATES},
+            **{part: {key: getattr(getattr(run.cfg, part), key) for key in keys} for part, keys in APART.items()},
         }
         for run in members
     ]
-    for key in RATES:
-        if len({run["optim"][key] for run in own}) == 1:
-            for run in own:
-                del run["optim"][key]
-    apart = {*SEED_KEYS, *(f"optim.{key}" for key in own[0]["optim"])}
+    apart = {*SEED_KEYS}
+    for section, keys in APART.items():
+        for key in keys:
+            if all(run[section][key] == own[0][section][key] for run in own):
+                for run in own:
+                    del run[section][key]
+            else:
+                apart.add(f"{section}.{key}")
     return [*(line for line in overrides if plain_key(line) not in apart), f"+sweep.together={hydra_value(own)}"]

@@ -47,15 +47,28 @@ def test_the_overrides_of_a_group(small: Setting) -> None:
     lines = ["fusion=gain", "seed_init=4", "seed_data=0"]
     assert group_overrides(lines, runs) == [
         "fusion=gain",
-        "+sweep.together=[{variant:x,seed_init:4,seed_data:0,optim:{}},{variant:x,seed_init:5,seed_data:6,optim:{}}]",
+        "+sweep.together=[{variant:x,seed_init:4,seed_data:0,optim:{},init:{}},{variant:x,seed_init:5,seed_data:6,optim:{},init:{}}]",
     ]
     assert group_overrides(lines, runs[:1]) == lines
     runs = plans(small, ("optim.lr=0.5", "optim.eps=1e-6"), ("optim.lr=0.25", "optim.eps=1e-6"))
     assert group_overrides(["optim.lr=0.5", "optim.eps=1e-6"], runs) == [
         "optim.eps=1e-6",
-        "+sweep.together=[{variant:x,seed_init:0,seed_data:0,optim:{lr:0.5}},"
-        "{variant:x,seed_init:0,seed_data:0,optim:{lr:0.25}}]",
+        "+sweep.together=[{variant:x,seed_init:0,seed_data:0,optim:{lr:0.5},init:{}},"
+        "{variant:x,seed_init:0,seed_data:0,optim:{lr:0.25},init:{}}]",
     ]
+
+
+def test_two_draws_of_the_initial_values_together_are_as_each_alone(small: Setting) -> None:
+    axes = ["init.stream=null,1", "seed_init=0,1", "seed_data=0", "sweep.name=s"]
+    assert cli(small.with_(*axes, "trainer.seeds_together=4"), "-m").code == 0
+    assert cli(small.with_(*axes, f"out={small.out}/alone"), "-m").code == 0
+    found, expected = records(small.out / "s"), records(small.out / "alone" / "s")
+    assert found.keys() == expected.keys() and len(found) == 4
+    assert {record["environment"]["members"] for record in found.values()} == {4}
+    for name, record in found.items():
+        assert record["final_val_loss"] == pytest.approx(expected[name]["final_val_loss"], rel=2e-3)
+        assert set(expected[name]["overrides"]) - set(record["overrides"]) == {f"out={small.out}/alone"}
+    assert len({round(record["final_val_loss"], 6) for record in found.values()}) == 4
 
 
 def test_learning_rates_together_are_as_each_alone(small: Setting) -> None:
