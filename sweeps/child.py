@@ -14,10 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
+
+from sweeps.registry import forget_namesakes
 
 POLL_SECONDS = 0.3  # how soon a job notices that it is to stop
 
@@ -48,7 +49,7 @@ class Errand:
         try:
             with attended(self.stop, parent):
                 setup_globals()
-                Plugins.instance()  # registers what reads configuration files
+                forget_namesakes()
                 config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
                 with open_dict(config):
                     config.hydra.job.id = config.hydra.job.num = index

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from rich.console import Console
@@ -19,6 +18,7 @@ from hybrid.records import RunBusy, describe_run
 from hybrid.run import OUTCOME, PlannedRun
 from sweeps import launchers
 from sweeps.live import LiveView
+from sweeps.registry import forget_namesakes, make_known
 
 
 def launch(
@@ -90,13 +90,4 @@ def register() -> None:
     """Make our launchers known to Hydra under the names that ``conf/hydra/launcher`` gives them."""
     for name in ("JoblibLauncher", "SlurmLauncher", "LocalLauncher", "RayLauncher"):
         make_known(getattr(launchers, name))
-
-
-def make_known(plugin: type) -> None:
-    """Hydra wants plugins in modules named ``hydra_plugins.*``; ours need no folder of that name to be found.
-
-    The class keeps its true module, so that other processes can unpickle what holds it.
-    """
-    plugins = Plugins.instance()
-    plugins.register(plugin)
-    plugins.class_name_to_class[f"hydra_plugins.groundthink.{plugin.__name__}"] = plugin
+    forget_namesakes()

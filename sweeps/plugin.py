@@ -30,7 +30,8 @@ from sweeps import launching
 from sweeps.child import ProcessDied
 from sweeps.expand import SEED_KEYS, Job, expand, name_of_axes
 from sweeps.grouping import group_alike, group_overrides
-from sweeps.launching import at_once, launch, make_known, record_death
+from sweeps.launching import at_once, launch, record_death
+from sweeps.registry import make_known
 from sweeps.sweep_file import write_sweep_file
 
 

@@ -162,6 +162,25 @@ def basic(shared: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
     return out / "two"
 
 
+def test_a_launcher_of_another_package_does_not_lend_its_keys_to_ours(
+    basic: Path, small: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As hydra-joblib-launcher does: a plugin that is found by itself and stores a schema named as our file."""
+    plugin = tmp_path / "site" / "hydra_plugins" / "other_joblib_launcher"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").touch()
+    (plugin / "config.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from hydra.core.config_store import ConfigStore\n\n"
+        "@dataclass\nclass Conf:\n    _target_: str = 'nowhere'\n    n_jobs: int = -1\n\n"
+        "ConfigStore.instance().store(group='hydra/launcher', name='joblib', node=Conf, provider='other')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{plugin.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    answer = finish(start(small.with_(*TWO, *JOBLIB), "-m"))
+    assert (answer.code, answer.err) == (0, "")
+    same_runs(small.out / "two", basic)
+
+
 def test_joblib_gives_the_records_of_basic(basic: Path, small: Setting) -> None:
     answer = finish(start(small.with_(*TWO, *JOBLIB), "-m"))
     assert (answer.code, answer.err) == (0, "")
