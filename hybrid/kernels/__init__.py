@@ -11,6 +11,9 @@
 
 ``auto`` is ``torch`` on CPU, and on CUDA the best of what is installed; ``resolve_backend`` says which, and every run
 records it. All of them can be mapped over stacked models with ``torch.vmap``.
+
+Beside them lies the optimiser's update of stacked parameters (``adamw.py``, ``adamw_triton.py``), which
+``hybrid/training/stacked_adamw.py`` chooses between.
 """
 
 from __future__ import annotations

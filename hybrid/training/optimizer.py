@@ -40,11 +40,12 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, fused: bool = False) -> 
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         groups.setdefault((group_of(name), decays(parameter)), []).append(parameter)
-    return adamw([(part, decay, parameters) for (part, decay), parameters in groups.items()], cfg, fused=fused)
+    described = adamw_groups([(part, decay, parameters) for (part, decay), parameters in groups.items()], cfg)
+    return torch.optim.AdamW(described, betas=tuple(cfg.betas), eps=cfg.eps, fused=fused)
 
 
-def adamw(groups: list[tuple[str, bool, list[nn.Parameter]]], cfg: OptimConfig, **options: Any) -> torch.optim.AdamW:
-    """AdamW for groups of (part of the model, whether its weights decay, parameters)."""
+def adamw_groups(groups: list[tuple[str, bool, list[nn.Parameter]]], cfg: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW's groups for those of (part of the model, whether its weights decay, parameters)."""
     described = []
     for part, decay, parameters in groups:
         peak = peak_lr(cfg, part)
@@ -52,7 +53,7 @@ def adamw(groups: list[tuple[str, bool, list[nn.Parameter]]], cfg: OptimConfig, 
         described.append(
             {"params": parameters, "name": part, "lr": peak, "peak_lr": peak, "weight_decay": weight_decay}
         )
-    return torch.optim.AdamW(described, betas=tuple(cfg.betas), eps=cfg.eps, **options)
+    return described
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch._dynamo
@@ -21,8 +20,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hybrid.model import HybridLM
-from hybrid.schema import OptimConfig
-from hybrid.training.optimizer import adamw, decays, group_of
+from hybrid.training.optimizer import decays, group_of
 
 # Every shape of block that a process trains is a compilation of its own of ``run_block``; the default allows 8.
 torch._dynamo.config.recompile_limit = max(1024, torch._dynamo.config.recompile_limit)
@@ -79,7 +77,6 @@ class Stack:
                 for named, member in zip(own, view.unbind(0), strict=True):
                     named[name].data = member
             self.leaves.append(leaf)
-        self.scale: Tensor | None = None  # by which each member's gradients were clipped
         self.forward_block = torch.compile(run_block, fullgraph=True, dynamic=False) if compiled else run_block
         # Blocks with the same parts run through the first of them, with their own values: one compilation serves all.
         shapes = [tuple((n, p.shape) for n, p in block.named_parameters()) for block in template.blocks]
@@ -111,24 +108,10 @@ class Stack:
         x = F.rms_norm(x, x.shape[-1:], eps=template.norm.eps) * scale
         return torch.einsum("mbtd,mvd->mbtv", x, values["embedding.weight"])
 
-    def optimizer(self, cfg: OptimConfig, **options: Any) -> torch.optim.AdamW:
-        return adamw([(leaf.part, leaf.decay, [leaf.values]) for leaf in self.leaves], cfg, **options)
-
-    def clip(self, max_norm: float) -> None:
-        """Scale each member's gradients so that their total norm is at most ``max_norm`` (0: leave them)."""
-        if max_norm <= 0:
-            return
-        gradients = [leaf.values.grad for leaf in self.leaves]
-        total = torch.stack([g.square().sum(dim=1) for g in gradients]).sum(dim=0).sqrt()  # [members]
-        self.scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(self.scale[:, None])
-
     def norms(self, member: int) -> Tensor:
-        """One member's gradient norms before clipping, in the order of ``names``."""
+        """One member's gradient norms, in the order of ``names``."""
         pieces = [view[member] for leaf in self.leaves for view in leaf.views(leaf.values.grad).values()]
-        norms = torch.stack(torch._foreach_norm(pieces))
-        return norms / self.scale[member] if self.scale is not None else norms
+        return torch.stack(torch._foreach_norm(pieces))
 
     @property
     def names(self) -> list[str]:

@@ -21,8 +21,9 @@ from hybrid.schema import Config
 from hybrid.training.optimizer import GradientNorms, build_optimizer, part_norms, peak_lr, set_lr
 from hybrid.training.schedule import lr_factor
 from hybrid.training.stack import Stack
+from hybrid.training.stacked_adamw import StackedAdamW, update_backend
 
-WARM_UP = 3  # steps before recording: kernels are compiled and the optimiser's state is made
+WARM_UP = 3  # steps before recording: kernels are compiled and libraries make their workspaces
 TABLE = 256  # steps whose batches and learning rates are sent to the device at once
 
 
@@ -87,9 +88,7 @@ class PlainStep:
 class StackStep:
     """The same for a ``Stack``: all its members at once, each on its own batches, on CUDA as one graph.
 
-    The tokens of the training split are on the device; batches are gathered there. An optimiser knows one learning
-    rate a leaf: where members have different ones, each goes its share of the way that the largest would take it
-    (AdamW's moments do not depend on the learning rate, and its update, weight decay included, is proportional to it).
+    The tokens of the training split are on the device; batches are gathered there.
     """
 
     def __init__(self, cfgs: list[Config], models: list[HybridLM], corpus: Corpus) -> None:
@@ -98,8 +97,7 @@ class StackStep:
         self.device = torch.device(trainer.device)
         self.dtype = getattr(torch, trainer.dtype)
         self.stack = Stack(models, self.dtype, trainer.compile)
-        cuda = self.device.type == "cuda"
-        self.optimizer = self.stack.optimizer(self.cfg.optim, fused=cuda, capturable=cuda)
+        self.optimizer = StackedAdamW(self.stack.leaves, self.cfg.optim, update_backend(self.cfg))
         self.rows = trainer.batch_size * trainer.grad_accum
         members = len(models)
         self.tokens = torch.from_numpy(np.asarray(corpus.train, dtype=np.int32)).to(self.device)
@@ -107,8 +105,8 @@ class StackStep:
         self.starts = torch.zeros(TABLE, members, self.rows, dtype=torch.int64, device=self.device)
         self.peaks = [[peak_lr(cfg.optim, group["name"]) for cfg in cfgs] for group in self.optimizer.param_groups]
         self.scales = [1.0] * members
-        self.uneven = self._uneven()
         self.lrs = torch.zeros(TABLE, len(self.peaks), members, device=self.device)
+        self.share = torch.full((members,), 1 / trainer.grad_accum, device=self.device)  # of a micro-batch in the loss
         self.recorded = torch.zeros(TABLE, members, device=self.device)  # losses
         self.row = torch.zeros(1, dtype=torch.int64, device=self.device)  # of these tables, for the next step
         self.first: int | None = None  # step of the tables' first row
@@ -122,20 +120,10 @@ class StackStep:
 
     def scale_lr(self, member: int, scale: float) -> None:
         """From the next step on, multiply the schedule's learning rate of a member by ``scale``."""
-        if scale == self.scales[member]:
-            return
-        self.scales[member], self.stale = scale, True
-        if self._uneven() != self.uneven:
-            self.uneven, self.graph = not self.uneven, None
-
-    def _uneven(self) -> bool:
-        """Whether members have different learning rates at some step."""
-        return len(set(zip(*self.peaks, self.scales, strict=True))) > 1
+        if scale != self.scales[member]:
+            self.scales[member], self.stale = scale, True
 
     def run(self, step: int) -> None:
-        if self.first is None:  # tensors, so that a recorded step can change them; a loaded checkpoint has numbers
-            for group in self.optimizer.param_groups:
-                group["lr"] = torch.tensor(float(group["peak_lr"]), device=self.device)
         if self.first is None or self.stale or step >= self.first + TABLE:
             self._fill(step)
         if self.stream is None:
@@ -162,8 +150,6 @@ class StackStep:
         starts = self.starts.index_select(0, self.row).squeeze(0)
         windows = self.tokens[starts.unsqueeze(-1) + self.window].long()  # [members, rows, T + 1]
         self.lr_now = self.lrs.index_select(0, self.row).squeeze(0)  # [groups, members]
-        for group, lr in zip(self.optimizer.param_groups, self.lr_now.amax(dim=1).unbind(), strict=True):
-            group["lr"].copy_(lr)
         losses = self.update(windows[..., :-1].contiguous(), windows[..., 1:].contiguous())
         self.recorded.index_copy_(0, self.row, losses.unsqueeze(0))
         self.row += 1
@@ -181,23 +167,10 @@ class StackStep:
                 logits = self.stack.forward(tokens)
             losses = F.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), reduction="none")
             losses = losses.view(members, -1).mean(dim=1)
-            (losses.sum() / trainer.grad_accum).backward()
-            total += losses.detach() / trainer.grad_accum
-        self.stack.clip(self.cfg.optim.grad_clip)
-        if self.uneven:
-            self._step_apart()
-        else:
-            self.optimizer.step()
+            losses.backward(self.share)
+            total.add_(losses.detach(), alpha=1 / trainer.grad_accum)
+        self.optimizer.step(self.lr_now)
         return total
-
-    def _step_apart(self) -> None:
-        """One update with a learning rate for each member."""
-        before = [leaf.values.detach().clone() for leaf in self.stack.leaves]
-        self.optimizer.step()
-        for leaf, start, lr in zip(self.stack.leaves, before, self.lr_now, strict=True):
-            largest = lr.amax()
-            share = torch.where(largest > 0, lr / largest, 1.0)
-            leaf.values.data.copy_(torch.lerp(start, leaf.values.data, share[:, None]))
 
     def _fill(self, step: int) -> None:
         """Send the batches and learning rates of the steps from ``step`` on."""
@@ -246,15 +219,12 @@ class StackStep:
 
     def load_optimizer_state(self, member: int, state: dict[str, Any]) -> None:
         for i, group in enumerate(self.optimizer.param_groups):
-            leaf = group["params"][0]
-            mine = self.optimizer.state[leaf]
+            mine = self.optimizer.state[group["params"][0]]
             for key, value in state["state"][i].items():
-                if not value.ndim:
-                    mine[key] = value.to(self.device if group["capturable"] or group["fused"] else "cpu")
+                if value.ndim:
+                    mine[key][member].copy_(value[0])
                 else:
-                    if key not in mine:
-                        mine[key] = torch.zeros_like(leaf)
-                    mine[key][member] = value[0].to(self.device)
+                    mine[key].copy_(value)
 
 
 def build_step(cfgs: list[Config], models: list[HybridLM], corpus: Corpus) -> PlainStep | StackStep:

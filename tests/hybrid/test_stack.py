@@ -89,20 +89,17 @@ def test_models_see_what_becomes_of_their_stack(small: Setting) -> None:
     assert all((leaf.values[0] + 1).equal(leaf.values[1]) for leaf in stack.leaves)
 
 
-def test_members_are_clipped_each_by_its_own_norm(small: Setting) -> None:
+def test_norms_by_parameter(small: Setting) -> None:
     models = [model_of(small, f"seed_init={seed}") for seed in range(2)]
     stack = Stack(models, torch.float32, compiled=False)
-    sizes = [3.0, 0.1]
+    sizes = {name: 1.0 + i for i, name in enumerate(stack.names)}
     for leaf in stack.leaves:
-        leaf.values.grad = torch.randn(leaf.values.shape, generator=torch.Generator().manual_seed(2))
-    for k, size in enumerate(sizes):
-        norm = torch.cat([leaf.values.grad[k] for leaf in stack.leaves]).norm()
-        for leaf in stack.leaves:
-            leaf.values.grad[k] *= size / norm
-    stack.clip(1.0)
-    after = [torch.cat([leaf.values.grad[k] for leaf in stack.leaves]).norm().item() for k in range(2)]
-    assert after == pytest.approx([1.0, 0.1], rel=1e-4)
-    assert [stack.norms(k).norm().item() for k in range(2)] == pytest.approx(sizes, rel=1e-4)  # those before
+        leaf.values.grad = torch.empty_like(leaf.values)
+        for name, view in leaf.views(leaf.values.grad).items():
+            for k in range(2):  # n numbers of a / sqrt(n) have the norm a
+                view[k] = (1 + k) * sizes[name] / view[k].numel() ** 0.5
+    for k in range(2):
+        assert stack.norms(k).tolist() == pytest.approx([(1 + k) * size for size in sizes.values()], rel=1e-5)
 
 
 def test_blocks_of_many_shapes_are_compiled_in_one_process(small: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
