@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hybrid.schema import OptimConfig
-from hybrid.training.optimizer import describe
+from hybrid.training.optimizer import adamw_groups
 from hybrid.training.stack import Leaf
 from hybrid.training.stacked_adamw import StackedAdamW
 
@@ -50,7 +50,7 @@ def alone(given: Problem, member: int) -> tuple[list[Tensor], torch.optim.AdamW,
     """Values, optimiser and total gradient norms of one member after PyTorch's own clipping and steps."""
     cfg = given.cfg
     values = [nn.Parameter(x[member].clone()) for x in given.start]
-    groups = describe([(part, decay, [x]) for (part, decay), x in zip(given.parts, values, strict=True)], cfg)
+    groups = adamw_groups([(part, decay, [x]) for (part, decay), x in zip(given.parts, values, strict=True)], cfg)
     optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.betas), eps=cfg.eps, foreach=False)
     norms = []
     for gradients, lrs in zip(given.gradients, given.lrs, strict=True):
