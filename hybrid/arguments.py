@@ -1,4 +1,4 @@
-"""Arguments of the command lines beside ``hybrid.train``: what is wrong with them in one line, exit status 2."""
+"""Arguments of the command lines, and how they end: what is wrong in one line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 from typing import NoReturn
 
 
-def fail(message: str) -> NoReturn:
-    """End the process with one line on the error output and exit status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def fail(message: str, status: int = 2) -> NoReturn:
+    """End the process with one line on the error output. Status 130 is Ctrl-C, which is no error."""
+    message = " ".join(message.split())
+    print(f"error: {message}" if status != 130 else message, file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):

@@ -58,7 +58,9 @@ def diagnose_all(given: argparse.Namespace) -> bool:
             print(words, flush=True)
         folders |= {folder.resolve(): folder for folder in found}
     if not folders:
-        return failed
+        if failed:  # no run to diagnose in any of the arguments
+            sys.exit(2)
+        return False
     import torch
 
     from hybrid.diagnostics.document import CPU_TOKENS, Options, diagnose, read_diagnosis, settle_machine

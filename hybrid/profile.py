@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid.arguments import Parser, fail
+from hybrid.arguments import Parser, fail, override
 
 if TYPE_CHECKING:
     from hybrid.bench.regions import Breakdown
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         prog="python -m hybrid.profile", description="Profile a few training steps.", epilog=EXAMPLE, allow_abbrev=False
     )
-    parser.add_argument("overrides", nargs="*", help="key=value, as for hybrid.train")
+    parser.add_argument("overrides", nargs="*", type=override, help="key=value, as for hybrid.train")
     parser.add_argument("--steps", type=int, default=5, help="profiled steps (5)")
     parser.add_argument("--members", type=int, default=1, help="runs that train together, seeds 0 to K-1 (1)")
     parser.add_argument("--out", type=Path, default=Path("outputs/profile"), help="folder (outputs/profile)")
@@ -37,9 +37,6 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("steps", "members"):
         if getattr(options, name) < 1:
             fail(f"--{name} must be at least 1, got {getattr(options, name)}")
-    for text in options.overrides:
-        if "=" not in text:
-            fail(f"'{text}' is no key=value")
     from hybrid.bench.__main__ import check_overrides
     from hybrid.bench.configure import configuration
     from hybrid.config import ConfigError

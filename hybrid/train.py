@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hybrid.arguments import fail
 from hybrid.config import CONF_DIR, ConfigError, group_options, resolve, unknown_key
 from hybrid.data import DataError
 from hybrid.records import RunBusy, variant_name
@@ -216,11 +217,6 @@ def help_text() -> str:
 
 def read(group: str, option: str) -> list[str]:
     return (CONF_DIR / group / f"{option}.yaml").read_text().splitlines()
-
-
-def fail(message: str, status: int) -> None:
-    print(f"error: {message}" if status != 130 else message, file=sys.stderr)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 import time
-from typing import Any, NoReturn
+from typing import Any
 
-from hybrid.arguments import Parser, amount, override
+from hybrid.arguments import Parser, amount, fail, override
 
 USAGE = """\
 Takes the keys of hybrid.train; trains a few steps on a small batch, in memory: nothing is written to outputs/.
@@ -91,12 +91,6 @@ def as_json(trial: Any, name: str, took: float) -> dict[str, Any]:
             for gate in trial.watcher.gates
         },
     }
-
-
-def fail(message: str, status: int) -> NoReturn:
-    message = " ".join(message.split())
-    print(f"error: {message}" if status != 130 else message, file=sys.stderr)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

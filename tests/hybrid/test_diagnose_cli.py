@@ -267,7 +267,7 @@ def test_folders_that_are_no_runs(runs, tmp_path):
     assert [line.split(" ", 1)[0] for line in answer.err.splitlines()] == ["error:", "error:"]
     assert "nowhere is no folder" in answer.err and "empty holds no finished run" in answer.err
     assert (runs["gain"] / "diagnosis.json").exists()
-    assert diagnose(tmp_path / "empty").code == 1
+    assert diagnose(tmp_path / "empty").code == 2
 
 
 def test_options_that_cannot_be(runs):
