@@ -39,7 +39,7 @@ def _adamw_kernel(
     member = tl.program_id(1).to(tl.int64)
     members = tl.num_programs(1)
     lr = tl.load(lr_ptr + leaf * members + member)
-    # In float64: beta2^step is close to 1 at first.
+    # In float64 (but for the logarithms, which arrive in float32): beta2^step is close to 1 at first.
     step = tl.load(step_ptr).to(tl.float64)
     correction1 = (1.0 - tl.exp(step * log_beta1)).to(tl.float32)
     correction2 = tl.sqrt(1.0 - tl.exp(step * log_beta2)).to(tl.float32)
