@@ -48,6 +48,9 @@ class StackedAdamW(torch.optim.AdamW):
 
     def step(self, lrs: Tensor) -> None:
         """One update with the learning rates ``lrs`` [leaves, members]; gradients stay as they are, unclipped."""
+        for leaf in self.leaves:
+            if leaf.grad is None:  # without influence on this batch
+                leaf.grad = torch.zeros_like(leaf)
         states = [self.state[leaf] for leaf in self.leaves]
         self.update(
             values=[leaf.data for leaf in self.leaves],

@@ -75,6 +75,16 @@ def test_gradients_of_zero_and_learning_rates_of_zero() -> None:
     assert leaves[1].values[0].equal(given.start[1][0])  # neither gradient nor decay
 
 
+def test_a_leaf_without_a_gradient_has_one_of_zero() -> None:
+    given = problem(optim(), 2, [700, 20], steps=1)
+    leaves = given.leaves()
+    optimizer = StackedAdamW(leaves, given.cfg, "torch")
+    leaves[0].values.grad = given.gradients[0][0]
+    optimizer.step(given.lrs[0])
+    assert leaves[1].values.equal(given.start[1])  # not decayed either: its part is no matrix
+    assert (leaves[0].values != given.start[0]).all() and leaves[1].values.grad.count_nonzero() == 0
+
+
 def test_members_that_are_not_finite_leave_the_others_alone() -> None:
     given = problem(optim(), 3, [1500, 20], steps=3)
     expected, _ = trained(given)
