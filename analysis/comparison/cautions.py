@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.comparison.compare import Comparison
-from analysis.comparison.flags import matches
+from analysis.comparison.flags import TOGETHER, matches
+from analysis.records.together import arms_by_size, differing_sizes
 from analysis.words import METRIC_WORDS
 
 OVERFITTED = 0.05  # final validation loss above the best by more than this share
@@ -14,9 +15,11 @@ OVERFITTED = 0.05  # final validation loss above the best by more than this shar
 def cautions(comparison: Comparison, told: list[str]) -> list[str]:
     """A sentence for each; ``told`` are the arms that the verdict calls better, worse or neither."""
     tested, found = tested_rows(comparison), to_come(comparison)
-    differ = [m.what.lower() for m in matches(comparison.runs, comparison.baseline.arm) if not m.same]
+    unlike = [m.what for m in matches(comparison.runs, comparison.baseline.arm) if not m.same]
+    differ = [what.lower() for what in unlike if what != TOGETHER]
     if differ:
         found.append(f"Not matched between the arms: {', '.join(differ)}.")
+    found += unlike_speeds(comparison)
     pairs = tested.loc[tested["pairs"] > 1, "pairs"]
     if len(pairs) and pairs.min() == 2 and any(not _shown(comparison, arm, comparison.metric) for arm in told):
         found.append(
@@ -58,6 +61,16 @@ def to_come(comparison: Comparison) -> list[str]:
     if not count:
         return []
     return [f"Not the last word: {count} planned run{'s have' if count > 1 else ' has'} no result yet."]
+
+
+def unlike_speeds(comparison: Comparison, arms: list[str] | None = None, what: str = "Speed and memory") -> list[str]:
+    """A sentence on ``what`` of ``arms`` (all) where their runs trained in groups of different size, else none."""
+    arms = comparison.arms if arms is None else arms
+    runs = comparison.runs[comparison.runs["arm"].isin(arms)]
+    if not differing_sizes(runs):
+        return []
+    sizes = "; ".join(f"{size} in {names(own)}" for size, own in arms_by_size(runs, arms).items())
+    return [f"{what} are not comparable where the number of runs trained together differs: {sizes}."]
 
 
 def tested_rows(comparison: Comparison) -> pd.DataFrame:

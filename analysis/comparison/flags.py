@@ -18,10 +18,12 @@ import pandas as pd
 from analysis.comparison.settings import configured
 from analysis.health.gates import stopped_by
 from analysis.records.runs import Records, Run, Seeds
+from analysis.records.together import differing_sizes, some_together
 
 if TYPE_CHECKING:
     from analysis.comparison.learning_rates import LearningRates
 
+TOGETHER = "Runs trained together"  # bears on speed and memory, not on losses
 PARAMS_TOLERANCE = 0.01  # parameters off by more than this share of the baseline's are flagged
 
 
@@ -34,7 +36,8 @@ class Flag:
     """A reason to doubt a comparison. ``blocking``: losses cannot be compared at all."""
 
     arm: str
-    kind: str  # data, tokenizer, tokens, params, code, device, dtype, versions, seeds, stopped, lost, lr, gate, reduced
+    # data, tokenizer, tokens, params, code, device, dtype, versions, together, seeds, stopped, lost, lr, gate, reduced
+    kind: str
     text: str
     blocking: bool = False
 
@@ -59,6 +62,7 @@ _SAME = (
     ("kernel_ssd", "device", "ssd kernel", False),
     ("dtype", "dtype", "dtype", False),
     ("versions", "versions", "versions", False),
+    ("members", "together", TOGETHER.lower(), False),
 )
 
 
@@ -81,10 +85,11 @@ def _flags_of(arm: str, own: list[Row], base: list[Row], lost: Counter[str]) -> 
         values, expected = _values(own, column), _values(base, column)
         if column == "versions":
             values, expected = _apart(values, expected)
+        so = "; speed and memory are not comparable" if kind == "together" else ""
         if len(values) > 1:
-            yield Flag(arm, kind, f"its own runs differ in {name}: {_listed(values)}", blocking)
+            yield Flag(arm, kind, f"its own runs differ in {name}: {_listed(values)}{so}", blocking)
         elif values != expected and len(expected) == 1:
-            yield Flag(arm, kind, f"{name} {_listed(values)} instead of {_listed(expected)}", blocking)
+            yield Flag(arm, kind, f"{name} {_listed(values)} instead of {_listed(expected)}{so}", blocking)
 
     sizes = _values(own, "params_total")
     params, base_params = _mean(own, "params_total"), _mean(base, "params_total")
@@ -184,6 +189,8 @@ def matches(runs: pd.DataFrame, baseline: str) -> list[Match]:
         if what == "Device" and len(values[0]) == 1:
             text = f"{_listed(values[0])}; kernels wkv6 {_listed(values[1])}, ssd {_listed(values[2])}"
         found.append(Match(what, all(len(value) == 1 for value in values), text))
+    if some_together(runs):
+        found.append(Match(TOGETHER, not differing_sizes(runs), _listed(_values(runs, "members"))))
     return found
 
 

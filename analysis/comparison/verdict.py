@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from analysis.comparison.cautions import cautions, names, tested_rows, to_come
+from analysis.comparison.cautions import cautions, names, tested_rows, to_come, unlike_speeds
 from analysis.comparison.compare import Comparison
 from analysis.comparison.flags import matches
 from analysis.statistics.differences import NO_TEST, PAIRED, UNPAIRED, Method
@@ -66,7 +66,7 @@ def verdict(comparison: Comparison) -> Verdict:
             f"One arm only, {baseline.arm}: {mean}{spread}. There is nothing to compare it with.{unusable}",
             [],
             [],
-            to_come(comparison),
+            [*to_come(comparison), *unlike_speeds(comparison)],
         )
 
     others = [arm for arm in comparison.arms if arm != baseline.arm]
@@ -158,7 +158,7 @@ def _sentence(comparison: Comparison, arm: str) -> Sentence:
     lost = [f.text for f in comparison.flags_of(arm) if f.kind == "lost"]
     if lost:
         text += f" Not in these numbers: {'; '.join(lost)}."
-    unmatched = [f.text for f in comparison.flags_of(arm) if f.kind not in ("seeds", "lost", "lr", "gate")]
+    unmatched = [f.text for f in comparison.flags_of(arm) if f.kind not in ("seeds", "lost", "lr", "gate", "together")]
     if unmatched:
         text += f" Not matched: {'; '.join(unmatched)}."
         if kind in (BETTER, WORSE):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from analysis.comparison.cautions import unlike_speeds
 from analysis.comparison.compare import Comparison
 from analysis.figures.curves import Curves, drawn_arms
 from analysis.figures.factors import interaction, learning_rates
@@ -19,7 +20,7 @@ from analysis.figures.gate_values import gate_values
 from analysis.figures.gradient_ratio import gradient_ratio
 from analysis.figures.learning_curves import learning_curves
 from analysis.figures.style import arm_styles, look, save, written_as
-from analysis.figures.tradeoffs import tradeoffs
+from analysis.figures.tradeoffs import SPEED, drawn_costs, tradeoffs
 from analysis.records.runs import Records
 
 MANY_RUNS = 500  # from here on figures are written beside the drawing of the next
@@ -137,4 +138,5 @@ def _figures(comparison: Comparison, records: Records, curves: Curves) -> Iterat
     costs = tradeoffs(runs, metric, arms, styles)
     if costs:
         caption = "What a lower loss costs. Costs in which all arms are within 1% of each other are not shown."
-        yield "tradeoffs", "Loss against cost", caption, costs
+        unlike = unlike_speeds(comparison, arms, "Speeds") if SPEED in drawn_costs(runs, arms) else []
+        yield "tradeoffs", "Loss against cost", " ".join([caption, *unlike]), costs

@@ -15,6 +15,7 @@ from analysis.figures.drawing import Drawn
 from analysis.health.report import HealthReport
 from analysis.records.configs import Flat, config_words, differing
 from analysis.records.runs import Records, Run
+from analysis.records.together import NOTE, some_together
 from analysis.search.report import SearchReport, searches_headline
 from analysis.tables.comparison import comparison_table, difference_table
 from analysis.tables.files import finding_tables
@@ -40,6 +41,11 @@ class Compared:
     @cached_property
     def rows(self) -> Table:
         return comparison_table(self.table)
+
+    @cached_property
+    def together(self) -> str:
+        """What the numbers of runs that trained together mean; empty where all trained alone."""
+        return NOTE if some_together(self.comparison.runs) else ""
 
     @cached_property
     def differences(self) -> Table:

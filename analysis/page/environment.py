@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.records.together import some_together
+
 _COLUMNS = {
     "device": "Device",
     "kernel_wkv6": "wkv6 kernel",
@@ -47,7 +49,8 @@ def environment(runs: pd.DataFrame) -> list[Fact]:
     words = [f"{package} {' or '.join(sorted(found))}" for package, found in sorted(versions.items())]
     mixed = any(len(found) > 1 for found in versions.values())
     facts.append(Fact("Versions", ", ".join(words) or "not recorded", mixed))
-    return [*facts, Fact("Time of all runs", _duration(runs["wall_seconds"].sum()))]
+    shared = "; runs trained together share their time" if some_together(runs) else ""
+    return [*facts, Fact("Time of all runs", _duration((runs["wall_seconds"] / runs["members"]).sum()) + shared)]
 
 
 def _duration(seconds: float) -> str:

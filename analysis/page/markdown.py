@@ -51,6 +51,7 @@ def _compared(compared: Compared) -> list[str]:
     text += [_bullets(map(escape_markdown, verdict.cautions))] if verdict.cautions else []
     text += ["## Comparison\n", markdown(compared.rows)]
     text += ["Mean over seeds \N{PLUS-MINUS SIGN} standard deviation; losses in nats per token.\n"]
+    text += [f"{compared.together}\n"] if compared.together else []
     differences = compared.differences
     if differences.rows:
         text += [

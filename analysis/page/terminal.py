@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 40
 MOST_SENTENCES, MOST_LEFT_OUT, MOST_NOTES = 8, 8, 5  # lines; the files have them all
 _PLAIN_WIDTH = 200  # where the output goes to a file, nothing should be wrapped
-_FIRST_TO_GO = ("Bits/byte", "Final Train Loss", "Steps", "RWKV/Mamba Ratio", "Memory", "Params")
+_FIRST_TO_GO = ("Bits/byte", "Final Train Loss", "Steps", "RWKV/Mamba Ratio", "Memory", "Together", "Params")
 _COLOURS = {"better": "green", "worse": "yellow", "none": "", "untested": "dim", "incomparable": "red"}
 
 
@@ -38,6 +38,8 @@ def print_paths(out: Console, paths: ReportPaths) -> None:
     files: dict[str, Path] = {}
     if report.compared:
         print_table(out, report.compared.rows)
+        if report.compared.together:
+            out.print(Text(f"  {report.compared.together}", style="dim"), soft_wrap=not out.is_terminal)
         _print_verdict(out, report.compared.verdict)
         files |= {
             "comparison table": tables["comparison.csv"],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.records.json_files import number
+from analysis.records.json_files import number, whole
 from analysis.records.runs import Run
 
 PARTS = ("total", "embedding", "rwkv", "mamba", "fusion", "ffn", "attention", "norm")
@@ -63,6 +63,7 @@ def _run_row(run: Run) -> dict[str, Any]:
             "tokenizer_sha256": _text(data.get("tokenizer_sha256")),
             "vocab_size": number(data.get("vocab_size")),
             "device": _text(environment.get("device")),
+            "members": max(whole(environment.get("members")) or 1, 1),  # not recorded: trained alone
             "kernel_wkv6": _text(kernels.get("wkv6")),
             "kernel_ssd": _text(kernels.get("ssd")),
             "git_commit": _text(environment.get("git_commit")),

@@ -10,6 +10,7 @@ from scipy.special import stdtrit
 from analysis.comparison.compare import Comparison
 from analysis.records.frames import PARTS
 from analysis.records.runs import LeftOut, Records
+from analysis.records.together import size_words
 from analysis.statistics.elementary import CONFIDENCE
 from analysis.tables.table import DASH, Cell, Table, interval_cell, number_cell, p_cell, signed_cell, spread_cell
 
@@ -26,6 +27,7 @@ AVERAGED = (
 )
 LOST = ("diverged", "failed", "unfinished", "missing")
 MIB = 2**20
+TOGETHER = "Together"  # the column
 
 
 def comparison_frame(comparison: Comparison, records: Records) -> pd.DataFrame:
@@ -41,6 +43,7 @@ def comparison_frame(comparison: Comparison, records: Records) -> pd.DataFrame:
     groups = comparison.runs.groupby("arm")
     frame = pd.DataFrame({"seeds": groups.size(), "params_total": groups["params_total"].mean()})
     frame["steps_min"], frame["steps_max"] = groups["steps"].min(), groups["steps"].max()
+    frame["members_min"], frame["members_max"] = groups["members"].min(), groups["members"].max()
     frame["tokens_mean"] = groups["tokens"].mean()
     for name in AVERAGED:
         frame[f"{name}_mean"], frame[f"{name}_sd"] = groups[name].mean(), groups[name].std(ddof=1)
@@ -70,9 +73,14 @@ def left_out_frame(left_out: list[LeftOut]) -> pd.DataFrame:
 
 
 def comparison_table(frame: pd.DataFrame) -> Table:
-    """The specification's result table: means over seeds, +- their standard deviation where there are two seeds."""
+    """The specification's result table: means over seeds, +- their standard deviation where there are two seeds.
+
+    A last column says how many runs trained together where any did (``records.together.NOTE`` says what that means).
+    """
     header = ["Model", "Params", "Seeds", "Steps", "Final Train Loss", "Final Val Loss", "Best Val Loss", "Bits/byte"]
     header += ["RWKV/Mamba Ratio", "Memory", "Tok/s"]
+    together = bool((frame["members_max"] > 1).any())
+    header += [TOGETHER] if together else []
     rows = []
     for place, row in enumerate(frame.to_dict("records")):
         lost = [f"{row[f'runs_{kind}']} {kind}" for kind in LOST]
@@ -96,9 +104,14 @@ def comparison_table(frame: pd.DataFrame) -> Table:
                 number_cell(ratio, 2 if ratio >= 0.1 else 4),
                 Cell(f"{memory:,.0f} MiB", memory) if memory == memory else Cell(DASH),
                 number_cell(speed, 0),
+                *([_together_cell(row["members_min"], row["members_max"])] if together else []),
             ]
         )
     return Table(header, rows)
+
+
+def _together_cell(low: float, high: float) -> Cell:
+    return Cell(size_words(low, high), high) if high == high else Cell(DASH)
 
 
 def sizes_table(frame: pd.DataFrame) -> Table:
