@@ -18,7 +18,7 @@ from analysis.figures.drawing import Drawn, _figures, drop_stale, write_figures
 from analysis.figures.gradient_ratio import _bands
 from analysis.figures.over_steps import by_step, thin_out
 from analysis.figures.style import arm_styles, look
-from analysis.figures.tradeoffs import pareto_front
+from analysis.figures.tradeoffs import pareto_front, tradeoffs
 from analysis.records.configs import differing, read_config
 from analysis.records.frames import runs_frame
 from analysis.records.runs import read_records
@@ -91,6 +91,22 @@ def test_gates_start_where_they_were_measured(drawn, factorial):
     assert axes[0].get_title(loc="left") == "Layer 1 of 4"
     for line in axes[2].lines:
         assert line.get_xdata().tolist() == [0, 50, 100, 150] and set(line.get_ydata()) == {0.3}
+
+
+def test_an_arm_without_a_recurrent_state_is_drawn():
+    """Attention has none: 0 floats, which a logarithmic axis would leave out."""
+    states = {"attention": 0, "rwkv": 17_000, "hybrid": 270_000}
+    runs = pd.DataFrame(
+        {"arm": [*states], "final_val_loss": [1.6, 1.5, 1.4], "params_total": 5e6, "tokens_per_second": 1e5,
+         "state_floats": [*states.values()], "members": 1}
+    )  # fmt: skip
+    for arms, scale in (([*states], "linear"), (["rwkv", "hybrid"], "log")):
+        figure = tradeoffs(runs, "final_val_loss", arms, arm_styles(arms, arms[0], arms))
+        (ax,) = figure.axes
+        drawn = {x for line in ax.lines for x in line.get_xdata()}
+        low, high = ax.get_xlim()
+        assert ax.get_xscale() == scale and {states[arm] for arm in arms} <= drawn
+        assert all(low <= states[arm] <= high for arm in arms)
 
 
 def test_gate_mean_over_seeds_by_hand(tmp_path, make_run):
