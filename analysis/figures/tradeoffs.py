@@ -112,7 +112,7 @@ def _panel(
         ax.plot([x[arm]], [y[arm]], color=style.colour, marker=style.marker, ms=7, ls="", zorder=3)
     if (
         x.min() > 0 and x.max() / x.min() > 8
-    ):  # an attention layer has no recurrent state: 0 has no place on a log scale
+    ):  # attention has no state, and 0 no place there
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
     else:
