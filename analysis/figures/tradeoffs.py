@@ -110,9 +110,7 @@ def _panel(
         low, high = spread.loc[arm]
         ax.plot([x[arm]] * 2, [low, high], color=style.colour, lw=1.0, alpha=0.6, zorder=2.5)
         ax.plot([x[arm]], [y[arm]], color=style.colour, marker=style.marker, ms=7, ls="", zorder=3)
-    if (
-        x.min() > 0 and x.max() / x.min() > 8
-    ):  # attention has no state, and 0 no place there
+    if x.min() > 0 and x.max() / x.min() > 8:  # attention has no state, and 0 no place there
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
     else:
