@@ -1,94 +1,145 @@
 """``python -m analysis.publish DIR TARGET``: the records of a sweep, small and without what only its machine knows.
 
 Copies of every finished run ``config.yaml``, ``metrics.jsonl``, ``summary.json`` and, where there is one,
-``diagnosis.json``; of the first seed of every arm also ``probe.jsonl`` and ``gpu.jsonl`` (``--probes all|none``). Never
-weights, checkpoints and logs. Paths (``out``, ``data.path``, ``data.cache_dir``) and keys that say how runs were
-started or shown (``display``, ``hydra``) are taken out; no number is touched. ``analysis.report TARGET`` makes the
-report.
+``diagnosis.json``; of the first seed of every arm also ``probe.jsonl`` and ``gpu.jsonl`` (``--probes all|none``); of
+the sweep ``sweep.json``, and of a search ``search.json`` and ``best.yaml`` (or ``search-ARM.json``, ``best-ARM.yaml``).
+Never weights, checkpoints and logs, nor ``study.journal``: what a search found stands in ``search.json``.
+
+Paths (``out``, ``data.path``, ``data.cache_dir``), the storage and the workers of a search, and keys that say how runs
+were started or shown (``display``, ``hydra``) are taken out, or get their defaults; other absolute paths become
+``<path>``, logins in URLs ``<login>``, and of the platform only system and machine stay. No number of a result is
+touched. ``analysis.report TARGET`` makes the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from analysis.records.json_files import load_object
+from analysis.cleaning import clean, clean_text, without_local_keys
+from analysis.files import write_text
+from analysis.records.json_files import load_object, whole
 
-RECORDS = ("metrics.jsonl", "diagnosis.json")  # beside config.yaml and summary.json
-PROBES = ("probe.jsonl", "gpu.jsonl")
-LOCAL = (
-    "out",
-    "data.path",
-    "data.cache_dir",
-    "display",
-    "hydra",
-)  # keys, and all that begin with one and a dot or slash
+LOGGED = "metrics.jsonl"  # copied as it is, as the long records are
+LONG = ("probe.jsonl", "gpu.jsonl")
+OF_THE_SWEEP = re.compile(r"sweep\.json|search(-.+)?\.json|best(-.+)?\.yaml")
 
 
-def publish(directory: Path, target: Path, probes: str = "first") -> tuple[int, int]:
-    """Copy the records; how many runs were copied, and how many have no summary yet.
+class PublishError(Exception):
+    """A record that cannot be used; the message is one line that names its file."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What is known of a run before anything is written."""
+
+    folder: Path
+    arm: str
+    seed: int
+    texts: dict[str, str]  # the cleaned records by the names of their files
+    copied: list[str]  # names of files that are copied as they are
+
+
+def publish(directory: Path, target: Path, probes: str = "first") -> list[str]:
+    """Copy the records; what a person has to know of it, in lines. Everything is read before anything is written.
 
     ``probes``: of which seeds the long records are kept, "first", "all" or "none". Raises FileNotFoundError where
-    there is nothing to copy, and OSError.
+    there is nothing to copy, PublishError where a record cannot be used, and OSError.
     """
     inside, outside = target.resolve(), directory.resolve()
     if inside == outside or outside in inside.parents or inside in outside.parents:
         raise OSError(f"{target} and {directory} must not lie in each other")
-    folders = sorted(path.parent for path in directory.glob("*/config.yaml"))
-    finished: list[tuple[Path, dict[str, Any]]] = []
-    for folder in folders:
-        summary = load_object(folder / "summary.json")
-        if not isinstance(summary, str):
-            finished.append((folder, summary))
-    if not finished:
+    folders = sorted({file.parent for name in ("config.yaml", "summary.json") for file in directory.glob(f"*/{name}")})
+    runs = [read_run(folder) for folder in folders if (folder / "summary.json").exists()]
+    if not runs:
         raise FileNotFoundError(f"no finished runs in {directory}")
+    plans = {path.name: cleaned(path) for path in sorted(directory.iterdir()) if OF_THE_SWEEP.fullmatch(path.name)}
+    for place in (target, *(target / run.folder.name for run in runs)):
+        if place.exists() and not place.is_dir():
+            raise PublishError(f"{place} is no folder")
+
     first: dict[str, int] = {}
-    for _, summary in finished:
-        arm, seed = str(summary.get("variant")), summary.get("seed_init", 0)
-        first[arm] = min(first.get(arm, seed), seed)
-    for folder, summary in finished:
-        copy = target / folder.name
-        copy.mkdir(parents=True, exist_ok=True)
-        keep = probes == "all" or (probes == "first" and summary.get("seed_init", 0) == first[str(summary["variant"])])
-        for name in (*RECORDS, *(PROBES if keep else ())):
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, copy / name)
-        (copy / "summary.json").write_text(json.dumps(without_paths(summary), indent=1) + "\n")
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        (copy / "config.yaml").write_text(yaml.safe_dump(plain_config(config), sort_keys=False))
-    for name in ("sweep.json", "search.json"):
-        plan = load_object(directory / name)
-        if not isinstance(plan, str):
-            (target / name).write_text(json.dumps(without_paths(plan), indent=1) + "\n")
-    return len(finished), len(folders) - len(finished)
+    for run in runs:
+        first[run.arm] = min(first.get(run.arm, run.seed), run.seed)
+    removed = 0
+    for run in runs:
+        keep = probes == "all" or (probes == "first" and run.seed == first[run.arm])
+        removed += write_run(run, target / run.folder.name, keep)
+    for name, text in plans.items():
+        write_text(target / name, text)
+
+    unfinished = len(folders) - len(runs)
+    rest = f"; {unfinished} unfinished runs left out" if unfinished else ""
+    names = {run.folder.name for run in runs} | set(plans)
+    others = [path.name for path in sorted(target.iterdir()) if path.name not in names and is_record(path)]
+    bare = [run.folder.name for run in runs if LOGGED not in run.copied]
+    return [
+        f"{len(runs)} runs to {target}{rest}",
+        *([f"removed {removed} files of probes that are not kept"] if removed else []),
+        *([f"without {LOGGED}: {', '.join(bare)}"] if bare else []),
+        *([f"left in {target}, not finished in {directory}: {', '.join(others)}"] if others else []),
+    ]
 
 
-def without_paths(value: Any) -> Any:
-    """A record in which no list of overrides (at any depth) sets a key of ``LOCAL``."""
-    if isinstance(value, dict):
-        return {
-            key: [line for line in inner if not local(line)] if key == "overrides" else without_paths(inner)
-            for key, inner in value.items()
-        }
-    return [without_paths(inner) for inner in value] if isinstance(value, list) else value
+def read_run(folder: Path) -> FinishedRun:
+    """A run's records, cleaned. Raises PublishError and OSError."""
+    names = ("config.yaml", "summary.json", *(["diagnosis.json"] if (folder / "diagnosis.json").exists() else []))
+    texts = {name: cleaned(folder / name) for name in names}
+    summary = json.loads(texts["summary.json"])
+    arm, seed = summary.get("variant"), whole(summary.get("seed_init"))
+    if not isinstance(arm, str) or not arm:
+        raise PublishError(f"{folder / 'summary.json'}: variant is not the name of an arm")
+    if seed is None:
+        raise PublishError(f"{folder / 'summary.json'}: seed_init is not a whole number")
+    copied = [name for name in (LOGGED, *LONG) if (folder / name).exists()]
+    for name in copied:
+        (folder / name).open("rb").close()
+    return FinishedRun(folder, arm, seed, texts, copied)
 
 
-def local(override: Any) -> bool:
-    key = str(override).lstrip("+~").partition("=")[0]
-    return any(key == name or key.startswith((f"{name}.", f"{name}/")) for name in LOCAL)
+def cleaned(path: Path) -> str:
+    """The text of a JSON or YAML file without what is not to be published. Raises PublishError and OSError."""
+    if path.suffix == ".json":
+        record = load_object(path)
+        if isinstance(record, str):
+            raise PublishError(f"{path.parent}: {record}")
+        return json.dumps(clean(record), indent=1) + "\n"
+    text = path.read_bytes()
+    try:
+        config: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a mapping")
+        config = without_local_keys(clean(config))
+        about = [line for line in text.decode().splitlines(keepends=True) if line.startswith("#")]
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise PublishError(f"{path} cannot be used: {' '.join(str(error).split())[:200]}") from error
+    return "".join(map(clean_text, about)) + yaml.safe_dump(config, sort_keys=False)
 
 
-def plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A resolved configuration with the paths' defaults."""
-    data = config.get("data") or {}
-    data = {key: None if key in ("path", "cache_dir") else value for key, value in data.items()}
-    return {**config, "data": data, "out": "outputs"}
+def write_run(run: FinishedRun, copy: Path, keep: bool) -> int:
+    """Write a run's records; without ``keep`` its long ones are removed where they are. How many files that were."""
+    copy.mkdir(parents=True, exist_ok=True)
+    for name, text in run.texts.items():
+        write_text(copy / name, text)
+    for name in run.copied:
+        if keep or name not in LONG:
+            shutil.copyfile(run.folder / name, copy / name)
+    old = [copy / name for name in LONG if not keep and (copy / name).exists()]
+    for path in old:
+        path.unlink()
+    return len(old)
+
+
+def is_record(path: Path) -> bool:
+    return OF_THE_SWEEP.fullmatch(path.name) is not None or (path / "config.yaml").exists()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,13 +156,12 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
-        copied, unfinished = publish(arguments.directory, arguments.target, arguments.probes)
-    except OSError as error:
-        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        print(f"error: {text}", file=sys.stderr)
+        lines = publish(arguments.directory, arguments.target, arguments.probes)
+    except (OSError, PublishError) as error:
+        known = isinstance(error, OSError) and error.filename and error.strerror
+        print(f"error: {error.filename}: {error.strerror}" if known else f"error: {error}", file=sys.stderr)
         return 2
-    rest = f"; {unfinished} unfinished runs left out" if unfinished else ""
-    print(f"{copied} runs to {arguments.target}{rest}")
+    print("\n".join(lines))
     return 0
 
 
