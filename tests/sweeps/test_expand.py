@@ -256,7 +256,8 @@ def test_named_sweeps_are_well_formed(path: Path) -> None:
         for params in sweep.search.enqueue:
             assert space.check_params(params, "enqueue").keys() == sweep.search.space.keys()
         return
-    assert len(sweep.seeds) >= 2
+    # A search by hand may look at one seed; what it finds is compared over others.
+    assert len(sweep.seeds) >= 2 or (path.stem.endswith("_search") and len(sweep.seeds) == 1)
     jobs = expand(sweep, [])
     arms = {job.variant for job in jobs}
     assert len(arms) > 1 and sweep.baseline in arms and len(jobs) == len(arms) * len(sweep.seeds)
