@@ -15,6 +15,11 @@ def fail(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+def describe(error: OSError) -> str:
+    """What the system says of a file, and of which."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
 class Parser(argparse.ArgumentParser):
     """Says in a line what argparse would say below its usage."""
 

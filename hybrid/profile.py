@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid.arguments import Parser, fail, override
+from hybrid.arguments import Parser, describe, fail, override
 
 if TYPE_CHECKING:
     from hybrid.bench.regions import Breakdown
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ConfigError, DataError) as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        fail(describe(error))
 
 
 def profile(cfgs: list[Config], options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybrid.arguments import fail
+from hybrid.arguments import describe, fail
 from hybrid.config import CONF_DIR, ConfigError, group_options, resolve, unknown_key
 from hybrid.data import DataError
 from hybrid.records import RunBusy, variant_name
@@ -95,10 +95,6 @@ def hold_back(arguments: list[str]) -> tuple[list[str], list[str]]:
     return [a for a in arguments if a not in held], held
 
 
-def describe(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-
-
 def job(composed: DictConfig) -> dict | None:
     """One run of what Hydra composed. One that cannot start or fails ends the process, in a sweep it raises."""
     given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
@@ -134,9 +130,11 @@ def several(cfg: Config, overrides: list[str]) -> list[dict | None]:
         one = copy.deepcopy(cfg)
         one.sweep.together = None
         one.seed_init, one.seed_data = own["seed_init"], own["seed_data"]
-        one.optim, one.init = replace(one.optim, **own["optim"]), replace(one.init, **own["init"])
+        sections = {part: keys for part, keys in own.items() if isinstance(keys, dict)}
+        for part, keys in sections.items():
+            setattr(one, part, replace(getattr(one, part), **keys))
         runs.append(plan(one, corpus, own["variant"]))
-        values = [(f"{part}.{key}", value) for part in ("optim", "init") for key, value in own[part].items()]
+        values = [(f"{part}.{key}", value) for part, keys in sections.items() for key, value in keys.items()]
         apart = [f"{key}={'null' if value is None else value}" for key, value in values]
         lines.append([*overrides, *apart, f"seed_init={one.seed_init}", f"seed_data={one.seed_data}"])
     return execute_together(runs, lines)

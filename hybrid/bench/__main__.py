@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hybrid.arguments import Parser, amount, fail, override
+from hybrid.arguments import Parser, amount, describe, fail, override
 
 USAGE = """\
 commands:
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (BadDocument, ConfigError, DataError) as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        fail(describe(error))
     except KeyboardInterrupt:
         print("interrupted; the record holds the rows that were measured", file=sys.stderr)
         sys.exit(130)

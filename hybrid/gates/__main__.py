@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from hybrid.arguments import Parser, amount, fail, override
+from hybrid.arguments import Parser, amount, describe, fail, override
 
 USAGE = """\
 Takes the keys of hybrid.train; trains a few steps on a small batch, in memory: nothing is written to outputs/.
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from hybrid.config import ConfigError
     from hybrid.data import DataError
-    from hybrid.train import describe, explain
+    from hybrid.train import explain
 
     try:
         failed = check(options, begun)
