@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -70,15 +72,23 @@ class Block(nn.Module):
         for name in self.branches:
             out, new[name] = getattr(self, name)(n, None if state is None else state[name])
             outputs.append(out)
+        if len(outputs) == 1 or state is None:
+            return self.after(x, outputs)[0], None if state is None else new
+        x, new["fusion"] = self.after(x, outputs, state["fusion"])
+        return x, new
+
+    def after(
+        self, x: Tensor, outputs: Sequence[Tensor], state: BranchState | None = None
+    ) -> tuple[Tensor, BranchState | None]:
+        """The rest of the block, once the branches have given their ``outputs`` for ``mix_norm(x)``."""
         if len(outputs) == 2:
             if self.training and self.branch_dropout is not None:
                 outputs = drop_branches(*outputs, self.branch_dropout)
-            mixed, new["fusion"] = self.fusion(*outputs, None if state is None else state["fusion"])
+            mixed, state = self.fusion(*outputs, state)
         else:
-            mixed = outputs[0]
+            (mixed,) = outputs
         x = x + self.dropout(mixed)
-        x = x + self.dropout(self.ffn(self.ffn_norm(x)))
-        return x, None if state is None else new
+        return x + self.dropout(self.ffn(self.ffn_norm(x))), state
 
 
 def drop_branches(a: Tensor, b: Tensor, shares: tuple[float, float]) -> tuple[Tensor, Tensor]:

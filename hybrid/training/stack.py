@@ -1,15 +1,19 @@
-"""The parameters of one model, or of several that differ only in their values, as a few flat tensors.
+"""One model, or several that differ only in their values: parameters as a few flat tensors, branches side by side.
 
 A small model has hundreds of small parameters, and every one costs a kernel of its own wherever it is cast, clipped or
 updated. Here those that are treated alike (part of the model, weight decay, precision) lie side by side in one leaf
 [members, numbers]; the models' own parameters are views into it, so that evaluation and checkpoints see every update.
 Members are independent: each has its own row in every leaf.
+
+The kernels of a small model fill a fraction of a GPU. The two branches of a block do not wait for each other, so on CUDA
+the second runs on a stream of its own, forward and (as autograd keeps to the streams of the forward) backward.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -19,10 +23,10 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hybrid.model import HybridLM
+from hybrid.model import Block, HybridLM
 from hybrid.training.optimizer import decays, group_of
 
-# Every shape of block that a process trains is a compilation of its own of ``run_block``; the default allows 8.
+# Every shape of branch that a process trains is a compilation of its own of ``run``; the default allows 8.
 torch._dynamo.config.recompile_limit = max(1024, torch._dynamo.config.recompile_limit)
 torch._dynamo.config.accumulated_recompile_limit = max(4096, torch._dynamo.config.accumulated_recompile_limit)
 
@@ -77,10 +81,12 @@ class Stack:
                 for named, member in zip(own, view.unbind(0), strict=True):
                     named[name].data = member
             self.leaves.append(leaf)
-        self.forward_block = torch.compile(run_block, fullgraph=True, dynamic=False) if compiled else run_block
+        self.run = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+        self.side = torch.cuda.Stream(self.leaves[0].values.device) if self.leaves[0].values.is_cuda else None
         # Blocks with the same parts run through the first of them, with their own values: one compilation serves all.
         shapes = [tuple((n, p.shape) for n, p in block.named_parameters()) for block in template.blocks]
-        self.templates = [template.blocks[shapes.index(shape)] for shape in shapes]
+        parts = [([Branch(block, name) for name in block.branches], After(block)) for block in template.blocks]
+        self.blocks = [parts[shapes.index(shape)] for shape in shapes]
 
     @property
     def members(self) -> int:
@@ -100,13 +106,31 @@ class Stack:
         x = template.dropout(embed(tokens, values["embedding.weight"]))
         # The backward of memory-efficient attention does not run under vmap (the other kernels' does).
         kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if self.members > 1 else nullcontext()
+        norms = [values[f"blocks.{i}.mix_norm.weight"] for i in range(len(self.blocks))] + [values["norm.weight"]]
+        n = F.rms_norm(x, x.shape[-1:], eps=template.norm.eps) * norms[0][:, None, None]
         with kernels:
-            for i, block in enumerate(self.templates):
-                own = {name: values[f"blocks.{i}.{name}"] for name, _ in block.named_parameters()}
-                x = self.forward_block(block, own, x)
-        scale = values["norm.weight"][:, None, None]
-        x = F.rms_norm(x, x.shape[-1:], eps=template.norm.eps) * scale
-        return torch.einsum("mbtd,mvd->mbtv", x, values["embedding.weight"])
+            for i, (branches, after) in enumerate(self.blocks):
+                own = {name: values[f"blocks.{i}.{name}"] for name, _ in after.block.named_parameters()}
+                outputs = self.branch_outputs(branches, own, n)
+                x, n = self.run(after, of_parts(own, "fusion", "ffn_norm", "ffn"), x, norms[i + 1], *outputs)
+        return torch.einsum("mbtd,mvd->mbtv", n, values["embedding.weight"])
+
+    def branch_outputs(self, branches: list[Branch], values: dict[str, Tensor], n: Tensor) -> list[Tensor]:
+        """What every branch of a block makes of ``n`` [members, B, T, d]; ``values`` are the block's."""
+        calls = [(branch, of_parts(values, branch.name), n) for branch in branches]
+        if self.side is None or len(calls) == 1:
+            return [self.run(*call) for call in calls]
+        here = torch.cuda.current_stream(n.device)
+        self.side.wait_stream(here)
+        with torch.cuda.stream(self.side):
+            second = self.run(*calls[1])
+        first = self.run(*calls[0])
+        here.wait_stream(self.side)
+        # Memory must not be used again before the other stream is through with it.
+        for tensor in (n, *calls[1][1].values()):
+            tensor.record_stream(self.side)
+        second.record_stream(here)
+        return [first, second]
 
     def norms(self, member: int) -> Tensor:
         """One member's gradient norms, in the order of ``names``."""
@@ -132,12 +156,41 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
         return (is_token.to(weight.dtype) @ weight).view(*tokens.shape, d)
 
 
-def run_block(block: nn.Module, values: dict[str, Tensor], x: Tensor) -> Tensor:
-    """A block with other values than its own, for every member: [members, B, T, d] in and out."""
+def of_parts(values: dict[str, Tensor], *parts: str) -> dict[str, Tensor]:
+    """Those of a block's parameters that belong to one of ``parts``."""
+    return {name: value for name, value in values.items() if name.split(".")[0] in parts}
 
-    def one(values: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(block, values, (x,))[0]
 
-    if x.shape[0] == 1:
-        return one({name: value.squeeze(0) for name, value in values.items()}, x.squeeze(0)).unsqueeze(0)
-    return torch.vmap(one, randomness="different")(values, x)
+class Branch(nn.Module):
+    """A branch of a block as a module; its parameters have the block's names after ``block.``."""
+
+    def __init__(self, block: Block, name: str) -> None:
+        super().__init__()
+        self.block, self.name = block, name
+
+    def forward(self, n: Tensor) -> Tensor:
+        return getattr(self.block, self.name)(n)[0]
+
+
+class After(nn.Module):
+    """What follows the branches of a block, and the norm with which the next block or the head begins."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, norm: Tensor, *outputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, _ = self.block.after(x, outputs)
+        return x, F.rms_norm(x, x.shape[-1:], norm, self.block.mix_norm.eps)
+
+
+def run(part: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
+    """``Branch`` or ``After`` with other values than its block's, for every member: [members, ...] in and out."""
+
+    def one(values: dict[str, Tensor], *inputs: Tensor) -> Any:
+        return functional_call(part, {f"block.{name}": value for name, value in values.items()}, inputs)
+
+    if inputs[0].shape[0] > 1:
+        return torch.vmap(one, randomness="different")(values, *inputs)
+    found = one({name: value.squeeze(0) for name, value in values.items()}, *(x.squeeze(0) for x in inputs))
+    return found.unsqueeze(0) if isinstance(found, Tensor) else tuple(x.unsqueeze(0) for x in found)
