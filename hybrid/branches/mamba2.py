@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.branches import BranchState
-from hybrid.kernels import ssd
+from hybrid.kernels import causal_conv, ssd
 from hybrid.schema import KernelsConfig, MambaConfig
 
 with warnings.catch_warnings():
@@ -52,16 +52,12 @@ class Mamba2(fla_mamba2.Mamba2):
 
     def forward(self, x: Tensor, state: BranchState | None = None) -> tuple[Tensor, BranchState | None]:
         B, T, _ = x.shape
-        z, xBC, dt = self.in_proj(x).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        z, xBC, dt = self._projected(x).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
 
-        # Short causal convolution, one filter a channel, as a sum of shifted products.
-        tail = self.conv_kernel_size - 1
-        past = xBC.new_zeros(B, tail, self.conv_dim) if state is None else state["conv"].to(xBC.dtype)
-        padded = torch.cat((past, xBC), dim=1)
-        weight = self.conv1d.weight.squeeze(1)  # [conv_dim, kernel]
-        convolved = self.conv1d.bias + sum(padded[:, i : i + T] * weight[:, i] for i in range(tail + 1))
+        past = None if state is None else state["conv"]
+        convolved = causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, past, self.kernel_backend)
         groups = self.n_groups * self.ssm_state_size
-        channels, Bs, Cs = F.silu(convolved.to(xBC.dtype)).split([self.intermediate_size, groups, groups], dim=-1)
+        channels, Bs, Cs = convolved.split([self.intermediate_size, groups, groups], dim=-1)
 
         inputs = {
             "x": channels.view(B, T, self.num_heads, self.head_dim),
@@ -80,7 +76,17 @@ class Mamba2(fla_mamba2.Mamba2):
             output_final_state=state is not None,
         )
         out = self.out_proj(self._gated_norm(y.reshape(B, T, -1), z))
-        return out, None if state is None else {"conv": padded[:, T:], "ssm": ssm}
+        if state is None:
+            return out, None
+        return out, {"conv": torch.cat((past.to(xBC.dtype), xBC), dim=1)[:, T:], "ssm": ssm}
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """``in_proj(x)``. On CUDA with rows of zeros, cut off again, where the fast products need multiples of 8."""
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        missing = -weight.shape[0] % 8
+        if not x.is_cuda or not missing or bias is not None:
+            return self.in_proj(x)
+        return F.linear(x, F.pad(weight, (0, 0, 0, missing)))[..., : weight.shape[0]]
 
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
         """RMSNorm(y * silu(z)), each group of heads on its own."""

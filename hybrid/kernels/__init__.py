@@ -1,4 +1,4 @@
-"""The two recurrences, each behind one function that picks the code for the device.
+"""The two recurrences, each behind one function that picks the code for the device, and what else has kernels.
 
 ``wkv6`` is RWKV-6 (Finch), ``ssd`` is Mamba-2. Backends:
 
@@ -12,8 +12,9 @@
 ``auto`` is ``torch`` on CPU, and on CUDA the best of what is installed; ``resolve_backend`` says which, and every run
 records it. All of them can be mapped over stacked models with ``torch.vmap``.
 
-Beside them lies the optimiser's update of stacked parameters (``adamw.py``, ``adamw_triton.py``), which
-``hybrid/training/stacked_adamw.py`` chooses between.
+``causal_conv``, Mamba-2's short convolution, goes with ``ssd``: one Triton kernel where Triton serves that, else plain
+PyTorch (``conv.py``, ``conv_triton.py``). Beside them lies the optimiser's update of stacked parameters (``adamw.py``,
+``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import os
 import torch
 from torch import Tensor
 
+from hybrid.kernels.conv import conv_torch
 from hybrid.kernels.ssd import ssd_torch
 from hybrid.kernels.wkv6 import wkv6_torch
 
@@ -181,3 +183,22 @@ def ssd(
     with torch.autocast(x.device.type, enabled=False):
         y, state = ssd_torch(x, dt, A, B, C, D, initial_state, output_final_state)
     return y.to(x.dtype), state
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """``y_t = SiLU(bias + sum_i weight_i x_{t-K+1+i})``, one filter a channel, for x [B,T,C].
+
+    ``weight`` is [C,K], ``bias`` [C], ``past`` the K-1 inputs before the first [B,K-1,C], zero when absent; ``backend``
+    is the one asked for ``ssd``. Returns [B,T,C] in x's dtype.
+    """
+    C, K = weight.shape
+    if x.dim() != 3 or x.shape[2] != C or bias.shape != (C,) or 0 in x.shape:
+        shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in (("x", x), ("weight", weight), ("bias", bias)))
+        raise ValueError(f"causal_conv needs x [B,T,C] with at least one step, weight [C,K], bias [C]; got {shapes}")
+    if past is not None and past.shape != (x.shape[0], K - 1, C):
+        raise ValueError(f"causal_conv needs a past of {[x.shape[0], K - 1, C]}, got {list(past.shape)}")
+    if past is None and resolve_backend("ssd", backend, x.device.type) != "torch" and _INSTALLED["triton"]:
+        from hybrid.kernels.conv_triton import conv_triton
+
+        return conv_triton(x, weight, bias)
+    return conv_torch(x, weight, bias, past)

@@ -1,8 +1,8 @@
-"""``torch.vmap`` over the recurrences: several models of one shape in one kernel call.
+"""``torch.vmap`` over custom operators: several models of one shape in one kernel call.
 
 Every tensor that goes into or comes out of an operator here has the batch as its first axis, or, for what a model
-holds itself (bonus, decay rate, skip), the models: row m serves the m-th of equal parts of the batch. So stacked
-models are one larger batch, and nothing is copied.
+holds itself (bonus, decay rate, skip, filters), the models: row m serves the m-th of equal parts of the batch. So
+stacked models are one larger batch, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ def register_seeds(op: Callable) -> None:
             return stacked.flatten(0, 1)
 
         outputs = op(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (info.batch_size, -1)), 0
         # An output that was not asked for is empty and stays so.
         unused = [x.shape == (0,) for x in outputs]
         unfolded = tuple(

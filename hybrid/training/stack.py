@@ -5,8 +5,8 @@ updated. Here those that are treated alike (part of the model, weight decay, pre
 [members, numbers]; the models' own parameters are views into it, so that evaluation and checkpoints see every update.
 Members are independent: each has its own row in every leaf.
 
-The kernels of a small model fill a fraction of a GPU. The two branches of a block do not wait for each other, so on CUDA
-the second runs on a stream of its own, forward and (as autograd keeps to the streams of the forward) backward.
+The kernels of a small model fill a fraction of a GPU. The two branches of a block do not wait for each other, so on
+CUDA the second runs on a stream of its own, forward and (as autograd keeps to the streams of the forward) backward.
 """
 
 from __future__ import annotations

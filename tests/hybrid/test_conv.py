@@ -1,0 +1,91 @@
+"""Mamba-2's short convolution against PyTorch's own in float64: outputs and every gradient.
+
+``test_triton_interpreted.py`` runs this file a second time, in Triton's interpreter, where the kernels serve.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid.kernels import causal_conv
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKEND = "triton" if INTERPRETED else "torch"
+# B, T, C, K: single steps, more steps than a program has, channels that fill no program, other filter lengths
+SHAPES = [(2, 1, 8, 4), (1, 3, 20, 4), (2, 70, 140, 4), (3, 33, 16, 2), (2, 64, 384, 4)]
+DEVICES = [
+    pytest.param("cpu", "float32", 1e-6, id="cpu"),
+    pytest.param("cuda", "float32", 1e-6, id="cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda", "bfloat16", 1e-2, id="cuda-bf16", marks=pytest.mark.gpu),
+][: 1 if INTERPRETED else None]
+
+
+def inputs(shape: tuple[int, ...], dtype: str, device: str, models: int = 1) -> list[Tensor]:
+    """x as a slice of something wider, as the projection gives it; weight; bias; the outputs' weights in a sum."""
+    B, T, C, K = shape
+    generator = torch.Generator().manual_seed(5)
+    draws = [torch.randn(models, *s, generator=generator) for s in ((B, T, C + 9), (C, K), (C,), (B, T, C))]
+    wide = draws[0].to(getattr(torch, dtype))
+    return [x.squeeze(0).to(device) for x in (wide[..., 5 : 5 + C], *draws[1:])]
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor, share: Tensor, past: Tensor | None = None) -> list[Tensor]:
+    x, weight, bias = (t.detach().cpu().double().requires_grad_() for t in (x, weight, bias))
+    K = weight.shape[1]
+    before = torch.zeros(x.shape[0], K - 1, x.shape[2], dtype=torch.double) if past is None else past.cpu().double()
+    padded = torch.cat((before, x), dim=1).transpose(1, 2)
+    y = F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=len(weight))).transpose(1, 2)
+    return [y, *torch.autograd.grad((y * share.cpu().double()).sum(), (x, weight, bias))]
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return ((found.detach().cpu().double() - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients(shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> None:
+    x, weight, bias, share = inputs(shape, dtype, device)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = causal_conv(*leaves, backend="auto" if device == "cuda" else BACKEND)
+    assert y.dtype == x.dtype
+    found = [y, *torch.autograd.grad((y.float() * share).sum(), leaves)]
+    for one, wanted in zip(found, expected(x, weight, bias, share), strict=True):
+        assert error(one, wanted) < tolerance
+
+
+def test_a_past_stands_before_the_first_step() -> None:
+    x, weight, bias, share = inputs((2, 20, 12, 4), "float32", "cpu")
+    whole = expected(x, weight, bias, share)[0]
+    second = causal_conv(x[:, 7:], weight, bias, past=x[:, 4:7], backend=BACKEND)
+    assert error(second, whole[:, 7:]) < 1e-6
+
+
+def test_stacked_models_have_their_own_filters() -> None:
+    x, weight, bias, share = inputs((2, 40, 12, 4), "float32", "cpu", models=3)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = torch.vmap(lambda *own: causal_conv(*own, backend=BACKEND))(*leaves)
+    found = [y, *torch.autograd.grad((y * share).sum(), leaves)]
+    for member in range(3):
+        wanted = expected(x[member], weight[member], bias[member], share[member])
+        for one, alone in zip(found, wanted, strict=True):
+            assert error(one[member], alone) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 0, 8), (8, 4), (8,)), ((2, 5, 8), (7, 4), (8,)), ((2, 5, 8), (8, 4), (7,)), ((5, 8), (8, 4), (8,))]
+)
+def test_wrong_shapes_are_named(shapes: tuple[tuple[int, ...], ...]) -> None:
+    x, weight, bias = (torch.ones(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=r"causal_conv needs x \[B,T,C\].*got x \["):
+        causal_conv(x, weight, bias, backend=BACKEND)
+
+
+def test_a_past_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs a past of \[2, 3, 8\], got \[2, 4, 8\]"):
+        causal_conv(torch.ones(2, 5, 8), torch.ones(8, 4), torch.ones(8), past=torch.ones(2, 4, 8), backend=BACKEND)
