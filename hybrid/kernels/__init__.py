@@ -12,9 +12,9 @@
 ``auto`` is ``torch`` on CPU, and on CUDA the best of what is installed; ``resolve_backend`` says which, and every run
 records it. All of them can be mapped over stacked models with ``torch.vmap``.
 
-``causal_conv``, Mamba-2's short convolution, goes with ``ssd``: one Triton kernel where Triton serves that, else plain
-PyTorch (``conv.py``, ``conv_triton.py``). Beside them lies the optimiser's update of stacked parameters (``adamw.py``,
-``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between.
+``causal_conv``, Mamba-2's short convolution, goes with ``ssd``: one Triton kernel each way where kernels serve that,
+else plain PyTorch (``conv.py``, ``conv_triton.py``). Beside them lies the optimiser's update of stacked parameters
+(``adamw.py``, ``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ CHUNKED = {"wkv6": "fla", "ssd": "mamba_ssm"}  # kernels for long sequences
 SHORT = {"wkv6": 512, "ssd": 512}  # steps of a call up to which the fused kernels are faster
 LARGEST_V = 128  # value channels of a head that the fused wkv6 kernels hold
 LARGEST_STATE = 64 * 256  # state channels of a head, P N, each rounded up to a power of two, for the fused ssd kernels
+LONGEST_FILTER = 4  # weights a channel of a convolution that its kernels hold
 _PACKAGE = {"triton": "triton", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _PACKAGE}
 
@@ -197,7 +198,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = N
         raise ValueError(f"causal_conv needs x [B,T,C] with at least one step, weight [C,K], bias [C]; got {shapes}")
     if past is not None and past.shape != (x.shape[0], K - 1, C):
         raise ValueError(f"causal_conv needs a past of {[x.shape[0], K - 1, C]}, got {list(past.shape)}")
-    if past is None and resolve_backend("ssd", backend, x.device.type) != "torch" and _INSTALLED["triton"]:
+    serves = resolve_backend("ssd", backend, x.device.type) != "torch" and _INSTALLED["triton"]
+    if past is None and serves and K <= LONGEST_FILTER:
         from hybrid.kernels.conv_triton import conv_triton
 
         return conv_triton(x, weight, bias)

@@ -1,85 +1,134 @@
 """The short causal convolution of Mamba-2 with its SiLU as one Triton kernel forward and one backward.
 
-With u_t = bias + sum_i weight_i x_{t-K+1+i} and y_t = SiLU(u_t), a program has some steps of one sequence and some
-channels. u is not kept: the backward computes it again for the steps whose gradients reach its own,
-dx_s = sum_j weight_{K-1-j} du_{s+j}, and what it loads for that several times lies in the cache.
+With u_t = bias + w0 x_{t-3} + w1 x_{t-2} + w2 x_{t-1} + w3 x_t and y_t = SiLU(u_t), a program has some channels of one
+sequence and walks some steps, forward from the first, backward from the last, with the inputs that it needs again in
+registers: every input is loaded once. u is not kept but computed again in the backward pass, where
+dx_t = w3 du_t + w2 du_{t+1} + w1 du_{t+2} + w0 du_{t+3}. Shorter filters have zeros in front.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import check_dtypes, load, store
+from hybrid.kernels.tiles import check_dtypes
 
-STEPS, CHANNELS, WARPS = 32, 128, 4  # of a program
+TAPS = 4  # of every filter in the kernels
+CHANNELS, WARPS = 128, 2  # of a program: two channels a thread, loads of 4 bytes in bfloat16
+AT_ONCE = 16  # steps without a branch between them, so that their loads are under way together
+BUSY = 2**17  # threads that fill a GPU: with fewer, sequences are shared out over programs
+
+
+def steps_of_program(B: int, T: int, C: int) -> int:
+    """How many steps a program walks: all, or some where that leaves a GPU idle. Fewer mean more partial sums."""
+    return min(64, T) if B * C * triton.cdiv(T, 64) >= BUSY else AT_ONCE
 
 
 @triton.jit
-def _weight(weight_ptr, i, width, K: tl.constexpr, BC: tl.constexpr):
-    channel = tl.arange(0, BC)
-    return tl.load(weight_ptr + channel * K + i, mask=channel < width, other=0.0).to(tl.float32)[None, :]
+def _at(pointer, t, T, stride, here):
+    return tl.load(pointer + t * stride, mask=here & (t >= 0) & (t < T), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _convolved(x_ptr, weight_ptr, bias, first, T, x_step, width, K: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """u of the steps from ``first`` on."""
-    u = tl.zeros((BT, BC), dtype=tl.float32) + bias[None, :]
-    for i in tl.static_range(K):
-        x = load(x_ptr, first + i - (K - 1), 0, T, x_step, width, BT, BC).to(tl.float32)
-        u += x * _weight(weight_ptr, i, width, K, BC)
-    return u
+def _filter(weight_ptr, bias_ptr, own, here):
+    w0 = tl.load(weight_ptr + own * 4, mask=here, other=0.0).to(tl.float32)
+    w1 = tl.load(weight_ptr + own * 4 + 1, mask=here, other=0.0).to(tl.float32)
+    w2 = tl.load(weight_ptr + own * 4 + 2, mask=here, other=0.0).to(tl.float32)
+    w3 = tl.load(weight_ptr + own * 4 + 3, mask=here, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, tl.load(bias_ptr + own, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _gradient(dy, u):
+    """Of u, where y = SiLU(u)."""
+    share = tl.sigmoid(u)
+    return dy * share * (1.0 + u * (1.0 - share))
 
 
 @triton.jit
 def _conv_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, T, C, sequences_per_model, tiles, x_batch, x_step,
-    K: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, T, C, sequences_per_model, x_batch, x_step,
+    BLOCKS: tl.constexpr, AT_ONCE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles * BT
-    c0 = tl.program_id(1) * BC
-    width = C - c0
-    channel = b // sequences_per_model * C + c0
-    x_ptr += b * x_batch + c0
-    bias = tl.load(bias_ptr + channel + tl.arange(0, BC), mask=tl.arange(0, BC) < width, other=0.0).to(tl.float32)
-    u = _convolved(x_ptr, weight_ptr + channel * K, bias, first, T, x_step, width, K, BT, BC)
-    store(y_ptr + b * T * C + c0, u * tl.sigmoid(u), first, T, C, width, BT, BC)
+    b = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(2) * BC + tl.arange(0, BC)
+    here = channel < C
+    own = b // sequences_per_model * C + channel
+    x_ptr += b * x_batch + channel
+    y_ptr += b * T * C + channel
+    w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, own, here)
+    start = tl.program_id(1) * (BLOCKS * AT_ONCE)
+    x0 = _at(x_ptr, start - 3, T, x_step, here)
+    x1 = _at(x_ptr, start - 2, T, x_step, here)
+    x2 = _at(x_ptr, start - 1, T, x_step, here)
+    for block in range(0, BLOCKS):
+        for i in tl.static_range(AT_ONCE):
+            t = start + block * AT_ONCE + i
+            x3 = _at(x_ptr, t, T, x_step, here)
+            u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            tl.store(y_ptr + t * C, (u * tl.sigmoid(u)).to(y_ptr.dtype.element_ty), mask=here & (t < T))
+            x0, x1, x2 = x1, x2, x3
 
 
 @triton.jit
 def _conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, sums_ptr,
-    T, C, sequences_per_model, tiles, x_batch, x_step, dy_batch, dy_step,
-    K: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    T, C, sequences_per_model, x_batch, x_step, dy_batch, dy_step,
+    BLOCKS: tl.constexpr, AT_ONCE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles * BT
-    c0 = tl.program_id(1) * BC
-    width = C - c0
-    channel = b // sequences_per_model * C + c0
-    x_ptr += b * x_batch + c0
-    dy_ptr += b * dy_batch + c0
-    weight_ptr += channel * K
-    column = tl.arange(0, BC)
-    bias = tl.load(bias_ptr + channel + column, mask=column < width, other=0.0).to(tl.float32)
-    sums_ptr += tl.program_id(0).to(tl.int64) * (K + 1) * C + c0 + column
-    dx = tl.zeros((BT, BC), dtype=tl.float32)
-    for j in tl.static_range(K):
-        u = _convolved(x_ptr, weight_ptr, bias, first + j, T, x_step, width, K, BT, BC)
-        kept = tl.sigmoid(u)
-        dy = load(dy_ptr, first + j, 0, T, dy_step, width, BT, BC).to(tl.float32)
-        du = dy * kept * (1.0 + u * (1.0 - kept))
-        dx += du * _weight(weight_ptr, K - 1 - j, width, K, BC)
-        if j == 0:  # the program's own steps: its share of the gradients of weight and bias
-            for i in tl.static_range(K):
-                x = load(x_ptr, first + i - (K - 1), 0, T, x_step, width, BT, BC).to(tl.float32)
-                tl.store(sums_ptr + i * C, tl.sum(du * x, 0), mask=column < width)
-            tl.store(sums_ptr + K * C, tl.sum(du, 0), mask=column < width)
-    store(dx_ptr + b * T * C + c0, dx, first, T, C, width, BT, BC)
+    b = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(2) * BC + tl.arange(0, BC)
+    here = channel < C
+    own = b // sequences_per_model * C + channel
+    x_ptr += b * x_batch + channel
+    dy_ptr += b * dy_batch + channel
+    dx_ptr += b * T * C + channel
+    w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, own, here)
+    start = tl.program_id(1) * (BLOCKS * AT_ONCE)
+    stop = start + BLOCKS * AT_ONCE
+    x1 = _at(x_ptr, stop, T, x_step, here)
+    x2 = _at(x_ptr, stop + 1, T, x_step, here)
+    x3 = _at(x_ptr, stop + 2, T, x_step, here)
+    du1 = tl.zeros((BC,), dtype=tl.float32)
+    du2 = du1
+    du3 = du1
+    for i in tl.static_range(3):  # the steps after the program's own, which take from them
+        t = stop + 2 - i
+        x0 = _at(x_ptr, t - 3, T, x_step, here)
+        u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+        du = _gradient(_at(dy_ptr, t, T, dy_step, here), u)
+        du1, du2, du3 = du, du1, du2
+        x1, x2, x3 = x0, x1, x2
+    dw0 = tl.zeros((BC,), dtype=tl.float32)
+    dw1 = dw0
+    dw2 = dw0
+    dw3 = dw0
+    dbias = dw0
+    for block in range(0, BLOCKS):
+        for i in tl.static_range(AT_ONCE):
+            t = stop - 1 - block * AT_ONCE - i
+            x0 = _at(x_ptr, t - 3, T, x_step, here)
+            u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            du = _gradient(_at(dy_ptr, t, T, dy_step, here), u)
+            dx = w3 * du + w2 * du1 + w1 * du2 + w0 * du3
+            tl.store(dx_ptr + t * C, dx.to(dx_ptr.dtype.element_ty), mask=here & (t < T))
+            dw0 += du * x0
+            dw1 += du * x1
+            dw2 += du * x2
+            dw3 += du * x3
+            dbias += du
+            du1, du2, du3 = du, du1, du2
+            x1, x2, x3 = x0, x1, x2
+    sums_ptr += (b * tl.num_programs(1) + tl.program_id(1)) * 5 * C + channel
+    tl.store(sums_ptr, dw0, mask=here)
+    tl.store(sums_ptr + C, dw1, mask=here)
+    tl.store(sums_ptr + 2 * C, dw2, mask=here)
+    tl.store(sums_ptr + 3 * C, dw3, mask=here)
+    tl.store(sums_ptr + 4 * C, dbias, mask=here)
 
 
 def _dense_channels(x: Tensor) -> Tensor:
@@ -89,12 +138,12 @@ def _dense_channels(x: Tensor) -> Tensor:
 @torch.library.custom_op("groundthink::conv_triton", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     B, T, C = x.shape
-    y = x.new_empty(x.shape)
-    x, tiles = _dense_channels(x), triton.cdiv(T, STEPS)
+    y, steps = x.new_empty(x.shape), steps_of_program(B, T, C)
+    x = _dense_channels(x)
     with torch.cuda.device_of(x):
-        _conv_forward_kernel[B * tiles, triton.cdiv(C, CHANNELS)](
-            x, weight.contiguous(), bias.contiguous(), y, T, C, B // weight.shape[0], tiles, x.stride(0), x.stride(1),
-            K=weight.shape[2], BT=STEPS, BC=CHANNELS, num_warps=WARPS,
+        _conv_forward_kernel[B, triton.cdiv(T, steps), triton.cdiv(C, CHANNELS)](
+            x, weight.contiguous(), bias.contiguous(), y, T, C, B // weight.shape[0], x.stride(0), x.stride(1),
+            BLOCKS=triton.cdiv(steps, AT_ONCE), AT_ONCE=AT_ONCE, BC=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     return y
 
@@ -106,26 +155,26 @@ def _(x, weight, bias):
 
 @torch.library.custom_op("groundthink::conv_triton_backward", mutates_args=())
 def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of x, and for every tile of steps the sums [B,tiles,K+1,C] for weight and (last) bias."""
+    """The gradient of x, and every program's sums [B,programs,5,C] for the four weights and the bias."""
     B, T, C = x.shape
-    K = weight.shape[2]
-    tiles = triton.cdiv(T, STEPS)
-    dx, sums = x.new_empty(x.shape), x.new_empty(B, tiles, K + 1, C, dtype=torch.float32)
+    steps = steps_of_program(B, T, C)
+    programs = triton.cdiv(T, steps)
+    dx, sums = x.new_empty(x.shape), x.new_empty(B, programs, TAPS + 1, C, dtype=torch.float32)
     x, dy = _dense_channels(x), _dense_channels(dy)
     with torch.cuda.device_of(x):
-        _conv_backward_kernel[B * tiles, triton.cdiv(C, CHANNELS)](
+        _conv_backward_kernel[B, programs, triton.cdiv(C, CHANNELS)](
             x, weight.contiguous(), bias.contiguous(), dy, dx, sums,
-            T, C, B // weight.shape[0], tiles, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
-            K=K, BT=STEPS, BC=CHANNELS, num_warps=WARPS,
+            T, C, B // weight.shape[0], x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
+            BLOCKS=triton.cdiv(steps, AT_ONCE), AT_ONCE=AT_ONCE, BC=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     return dx, sums
 
 
 @_backward.register_fake
 def _(x, weight, bias, dy):
-    tiles = (x.shape[1] + STEPS - 1) // STEPS
-    sums = x.new_empty(x.shape[0], tiles, weight.shape[2] + 1, x.shape[2], dtype=torch.float32)
-    return x.new_empty(x.shape), sums
+    B, T, C = x.shape
+    programs = triton.cdiv(T, steps_of_program(B, T, C))
+    return x.new_empty(x.shape), x.new_empty(B, programs, TAPS + 1, C, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -146,7 +195,9 @@ register_seeds(_backward)
 
 
 def conv_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As ``hybrid.kernels.causal_conv`` without a past; arithmetic in float32."""
+    """As ``hybrid.kernels.causal_conv`` without a past, for filters of at most ``TAPS``; arithmetic in float32."""
     check_dtypes("causal_conv", x, weight, bias)
+    if weight.shape[1] < TAPS:
+        weight = F.pad(weight, (TAPS - weight.shape[1], 0))
     # One set of filters for the whole batch; stacked models (vmap) have several.
     return _forward(x, weight[None], bias[None])

@@ -17,7 +17,7 @@ from hybrid.kernels import causal_conv
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "torch"
 # B, T, C, K: single steps, more steps than a program has, channels that fill no program, other filter lengths
-SHAPES = [(2, 1, 8, 4), (1, 3, 20, 4), (2, 70, 140, 4), (3, 33, 16, 2), (2, 64, 384, 4)]
+SHAPES = [(2, 1, 8, 4), (1, 3, 20, 4), (2, 70, 140, 4), (3, 33, 16, 2), (2, 64, 384, 4), (2, 9, 8, 5)]
 DEVICES = [
     pytest.param("cpu", "float32", 1e-6, id="cpu"),
     pytest.param("cuda", "float32", 1e-6, id="cuda", marks=pytest.mark.gpu),
@@ -57,6 +57,15 @@ def test_outputs_and_gradients(shape: tuple[int, ...], device: str, dtype: str, 
     found = [y, *torch.autograd.grad((y.float() * share).sum(), leaves)]
     for one, wanted in zip(found, expected(x, weight, bias, share), strict=True):
         assert error(one, wanted) < tolerance
+
+
+def test_programs_of_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        from hybrid.kernels import conv_triton
+
+        monkeypatch.setattr(conv_triton, "BUSY", 0)
+    for T in (33, 64, 100):
+        test_outputs_and_gradients((2, T, 20, 4), "cpu", "float32", 1e-6)
 
 
 def test_a_past_stands_before_the_first_step() -> None:
