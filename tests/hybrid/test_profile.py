@@ -24,6 +24,7 @@ def shares(trace: list[dict[str, Any]]) -> dict[str, tuple[float, int]]:
     ("kernel", "region"),
     [
         ("_wkv6_forward_kernel", "rwkv recurrence"),
+        ("_conv_backward_kernel", "elementwise, reduction"),
         ("chunk_rwkv6_bwd_kernel_dh", "rwkv recurrence"),
         ("_ssd_backward_kernel", "ssd recurrence"),
         ("_chunk_scan_fwd_kernel", "ssd recurrence"),
