@@ -330,6 +330,7 @@ def test_structure(plain: dict, words: str) -> None:
 
 def test_unknown_key_knows_keys_of_other_choices() -> None:
     assert unknown_key("fusion.gate_init") == "fusion.gate_init has no effect with this choice of fusion; leave it out"
+    assert unknown_key("sweep.arms").startswith("arms are added one by one: '+sweep.arms.NAME=")
     assert unknown_key("data.seqlen") == "unknown key 'data.seqlen'; did you mean 'data.seq_len'?"
     assert unknown_key("seed_int") == "unknown key 'seed_int'; did you mean 'seed_init'?"
     keys = schema_keys()
