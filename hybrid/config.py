@@ -325,7 +325,7 @@ def unknown_key(key: str) -> str:
     """The message for a key that a configuration does not have, with the nearest that it could."""
     known = schema_keys()
     if key == "sweep.arms":  # a mapping: an override adds to it
-        return "arms are added one by one: '+sweep.arms.NAME=[\"fusion=gated\",...]'; sweep.only=[NAME,...] chooses some"
+        return "arms are added one by one: '+sweep.arms.NAME=[\"fusion=gated\",...]'; sweep.only=[NAME,...] takes some"
     if key in known:
         return f"{key} has no effect with this choice of {key.split('.')[0]}; leave it out"
     leaf = key.rsplit(".", 1)[-1]

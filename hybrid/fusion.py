@@ -103,7 +103,8 @@ class Gated(Fusion):
         weight, bias = self.gate.weight, self.gate.bias
         if len(weight) > 1:
             return self.gate(both)
-        return (both.float() * weight[0].float()).sum(-1, keepdim=True) + bias
+        precision = torch.promote_types(both.dtype, torch.float32)
+        return (both.to(precision) * weight[0].to(precision)).sum(-1, keepdim=True) + bias
 
 
 class GatedChannel(Gated):

@@ -65,7 +65,7 @@ def profile(cfgs: list[Config], options: argparse.Namespace) -> None:
 
     from hybrid import build_model
     from hybrid.bench.regions import WHOLE, analyse
-    from hybrid.device import clock_of, resolve_device
+    from hybrid.device import clock_of, resolve_device, serving_kernels
     from hybrid.files import write_text_atomically
     from hybrid.records import environment
     from hybrid.run import check_data
@@ -109,7 +109,7 @@ def profile(cfgs: list[Config], options: argparse.Namespace) -> None:
         "step": type(step).__name__,
         "ms_a_step_unprofiled": 1000 * plain / options.steps,
         **plain_data(found, options.steps),
-        "environment": environment(name, {"wkv6": cfgs[0].kernels.wkv6, "ssd": cfgs[0].kernels.ssd}),
+        "environment": environment(name, serving_kernels(cfgs[0])),
     }
     path = options.out / f"{stem}.json"
     write_text_atomically(path, json.dumps(record, indent=1) + "\n")

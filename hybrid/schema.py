@@ -134,7 +134,10 @@ class TrainerConfig:
 
 @dataclass
 class KernelsConfig:
-    """Which code computes the two recurrences; ``auto`` takes the best one there is and records it."""
+    """Which code computes the two recurrences; ``auto`` takes the best one there is and records it.
+
+    Mamba-2's short convolution goes with ``ssd``.
+    """
 
     wkv6: str = "auto"  # auto | torch | triton | fla | triton+fla
     ssd: str = "auto"  # auto | torch | triton | mamba_ssm | triton+mamba_ssm

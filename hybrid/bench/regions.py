@@ -2,7 +2,8 @@
 
 On a GPU the regions are those of the kernels' names, so a replayed CUDA graph is told apart as well as single launches.
 On a CPU they are those of operators: what ran inside an annotation (``ANNOTATED``) or in its backward pass belongs to
-it, the rest goes by name. Times are self times, so nothing counts twice.
+it, the rest goes by name. Times are self times, so nothing counts twice; kernels that run side by side count
+each, so regions can add up to more than the wall.
 """
 
 from __future__ import annotations

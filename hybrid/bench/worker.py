@@ -20,7 +20,7 @@ from hybrid.bench.configure import configuration
 from hybrid.bench.document import cpu_name
 from hybrid.bench.floor import necessary_bytes
 from hybrid.bench.task import Row, Task, one_line
-from hybrid.device import clock_of, gpu_id, resolve_device
+from hybrid.device import clock_of, gpu_id, resolve_device, serving_kernels
 from hybrid.memory import process_peak, reset_process_peak
 from hybrid.monitor import ask_smi, read_once
 from hybrid.run import check_data
@@ -126,7 +126,7 @@ def describe(cfg: Config, step: PlainStep | StackStep, members: int) -> dict[str
     options = ("device", "dtype", "compile", "cuda_graph", "batch_size", "grad_accum", "cpu_threads")
     return {
         "options": {key: getattr(trainer, key) for key in options} | {"seq_len": cfg.data.seq_len},
-        "kernels": {"wkv6": cfg.kernels.wkv6, "ssd": cfg.kernels.ssd},
+        "kernels": serving_kernels(cfg),
         "model": cfg.model.name,
         "step": type(step).__name__,
         "members": members,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,8 +26,8 @@ logging.getLogger(fla_mamba2.__name__).setLevel(logging.ERROR)
 class Mamba2(fla_mamba2.Mamba2):
     """Mamba-2: a selective state space model with A, B, C, D and a step size dt, in its SSD form.
 
-    Parameters, shapes and names are FLA's; the forward (arXiv:2405.21060, section 7) is plain PyTorch around one call
-    of ``kernels.ssd``.
+    Parameters, shapes and names are FLA's; the forward (arXiv:2405.21060, section 7) is plain PyTorch around
+    ``kernels.causal_conv`` and ``kernels.ssd``.
     """
 
     def __init__(self, d_model: int, cfg: MambaConfig, kernels: KernelsConfig) -> None:
@@ -52,7 +53,8 @@ class Mamba2(fla_mamba2.Mamba2):
 
     def forward(self, x: Tensor, state: BranchState | None = None) -> tuple[Tensor, BranchState | None]:
         B, T, _ = x.shape
-        z, xBC, dt = self._projected(x).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        zxBCdt = wide_linear(x, self.in_proj) if x.is_cuda else self.in_proj(x)
+        z, xBC, dt = zxBCdt.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
 
         past = None if state is None else state["conv"]
         convolved = causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, past, self.kernel_backend)
@@ -80,16 +82,17 @@ class Mamba2(fla_mamba2.Mamba2):
             return out, None
         return out, {"conv": torch.cat((past.to(xBC.dtype), xBC), dim=1)[:, T:], "ssm": ssm}
 
-    def _projected(self, x: Tensor) -> Tensor:
-        """``in_proj(x)``. On CUDA with rows of zeros, cut off again, where the fast products need multiples of 8."""
-        weight, bias = self.in_proj.weight, self.in_proj.bias
-        missing = -weight.shape[0] % 8
-        if not x.is_cuda or not missing or bias is not None:
-            return self.in_proj(x)
-        return F.linear(x, F.pad(weight, (0, 0, 0, missing)))[..., : weight.shape[0]]
-
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
         """RMSNorm(y * silu(z)), each group of heads on its own."""
         y = (y.float() * F.silu(z.float())).unflatten(-1, (self.n_groups, -1))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.norm.eps)
         return (y.flatten(-2) * self.norm.weight).to(z.dtype)
+
+
+def wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """``layer(x)``, cut out of a result whose width is a multiple of 16: fast products need 8, wide loads of it 16."""
+    weight, width = layer.weight, layer.out_features
+    missing = -width % 16
+    if not missing or layer.bias is not None:
+        return layer(x)
+    return F.linear(x, F.pad(weight, (0, 0, 0, missing)))[..., :width]

@@ -13,8 +13,7 @@ OPS = {"rwkv": ("wkv6",), "mamba": ("ssd", "conv")}  # what a branch needs
 class Kernels(Gate):
     """G0: what serves the recurrences and the short convolution.
 
-    Fails where one that was asked for is missing or another serves, warns where a GPU runs a recurrence in plain
-    PyTorch. The convolution is plain PyTorch everywhere, and costs little.
+    Fails where one that was asked for is missing or another serves, warns where a GPU runs one in plain PyTorch.
     """
 
     name, test = "G0", "kernels"
@@ -31,7 +30,7 @@ class Kernels(Gate):
             asked = getattr(self.cfg.kernels, op, "auto")
             if backend in (None, "auto") or asked not in ("auto", backend):
                 return Reading("fail", f"{op} is served by {backend or 'nothing'}, asked for: {asked}", more=more)
-        slow = [op for op in ("wkv6", "ssd") if served.get(op) == "torch"]
+        slow = [op for op, backend in served.items() if backend == "torch"]
         if environment["device"] != "cpu" and slow:
             return Reading("warn", f"{text}; plain PyTorch on a GPU is slow: {', '.join(slow)}", more=more)
         return Reading("pass", f"{text}, on {environment['device']}", more=more)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from hybrid import build_model
 from hybrid.config import ConfigError
 from hybrid.data import Corpus
-from hybrid.device import clock_of, resolve_device
+from hybrid.device import clock_of, resolve_device, serving_kernels
 from hybrid.gates.watching import UNREAD, GateWatcher
 from hybrid.probe import Probe
 from hybrid.records import environment
@@ -64,7 +64,7 @@ def try_gates(cfg: Config, corpus: Corpus, seconds: float, begun: float) -> Tria
     torch.set_num_threads(cfg.trainer.cpu_threads)
     device = torch.device(cfg.trainer.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    trial.watcher.begin(environment(name, asdict(cfg.kernels) | {"conv": "torch"}))
+    trial.watcher.begin(environment(name, serving_kernels(cfg)))
     torch.manual_seed(cfg.seed_init)
     model = build_model(cfg).to(device)
     probe = Probe(model, corpus, device, getattr(torch, cfg.trainer.dtype))

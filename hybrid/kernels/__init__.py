@@ -81,6 +81,12 @@ def serving_backend(op: str, backend: str, device_type: str, steps: int, fits: b
     return short
 
 
+def conv_backend(backend: str, device_type: str, width: int) -> str:
+    """What serves the convolution with filters of ``width`` beside an ``ssd`` of ``backend``: "triton" or "torch"."""
+    kernels = resolve_backend("ssd", backend, device_type) != "torch" and _INSTALLED["triton"]
+    return "triton" if kernels and width <= LONGEST_FILTER else "torch"
+
+
 def _rounded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
@@ -193,13 +199,14 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = N
     is the one asked for ``ssd``. Returns [B,T,C] in x's dtype.
     """
     C, K = weight.shape
-    if x.dim() != 3 or x.shape[2] != C or bias.shape != (C,) or 0 in x.shape:
+    if x.dim() != 3 or x.shape[2] != C or bias.shape != (C,):
         shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in (("x", x), ("weight", weight), ("bias", bias)))
-        raise ValueError(f"causal_conv needs x [B,T,C] with at least one step, weight [C,K], bias [C]; got {shapes}")
+        raise ValueError(f"causal_conv needs x [B,T,C], weight [C,K], bias [C]; got {shapes}")
+    if x.shape[1] == 0:
+        raise ValueError("causal_conv needs at least one step, got T=0")
     if past is not None and past.shape != (x.shape[0], K - 1, C):
         raise ValueError(f"causal_conv needs a past of {[x.shape[0], K - 1, C]}, got {list(past.shape)}")
-    serves = resolve_backend("ssd", backend, x.device.type) != "torch" and _INSTALLED["triton"]
-    if past is None and serves and K <= LONGEST_FILTER:
+    if past is None and conv_backend(backend, x.device.type, K) == "triton":
         from hybrid.kernels.conv_triton import conv_triton
 
         return conv_triton(x, weight, bias)

@@ -2,7 +2,7 @@
 
 With u_t = bias + w0 x_{t-3} + w1 x_{t-2} + w2 x_{t-1} + w3 x_t and y_t = SiLU(u_t), a program has some channels of one
 sequence and walks some steps, forward from the first, backward from the last, with the inputs that it needs again in
-registers: every input is loaded once. u is not kept but computed again in the backward pass, where
+registers: a program loads each once. u is not kept but computed again in the backward pass, where
 dx_t = w3 du_t + w2 du_{t+1} + w1 du_{t+2} + w0 du_{t+3}. Shorter filters have zeros in front.
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes
 
-TAPS = 4  # of every filter in the kernels
+TAPS = 4  # of every filter in the kernels, which name them one by one
 CHANNELS, WARPS = 128, 2  # of a program: two channels a thread, loads of 4 bytes in bfloat16
 AT_ONCE = 16  # steps without a branch between them, so that their loads are under way together
-BUSY = 2**17  # threads that fill a GPU: with fewer, sequences are shared out over programs
+BUSY = 2**17  # channels under way at once that fill a GPU: with fewer, sequences are shared out over programs
 
 
 def steps_of_program(B: int, T: int, C: int) -> int:
@@ -61,7 +61,7 @@ def _conv_forward_kernel(
     x_ptr += b * x_batch + channel
     y_ptr += b * T * C + channel
     w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, own, here)
-    start = tl.program_id(1) * (BLOCKS * AT_ONCE)
+    start = tl.program_id(1).to(tl.int64) * (BLOCKS * AT_ONCE)
     x0 = _at(x_ptr, start - 3, T, x_step, here)
     x1 = _at(x_ptr, start - 2, T, x_step, here)
     x2 = _at(x_ptr, start - 1, T, x_step, here)
@@ -88,7 +88,7 @@ def _conv_backward_kernel(
     dy_ptr += b * dy_batch + channel
     dx_ptr += b * T * C + channel
     w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, own, here)
-    start = tl.program_id(1) * (BLOCKS * AT_ONCE)
+    start = tl.program_id(1).to(tl.int64) * (BLOCKS * AT_ONCE)
     stop = start + BLOCKS * AT_ONCE
     x1 = _at(x_ptr, stop, T, x_step, here)
     x2 = _at(x_ptr, stop + 1, T, x_step, here)

@@ -2,7 +2,7 @@
 
 Every tensor that goes into or comes out of an operator here has the batch as its first axis, or, for what a model
 holds itself (bonus, decay rate, skip, filters), the models: row m serves the m-th of equal parts of the batch. So
-stacked models are one larger batch, and nothing is copied.
+stacked models are one larger batch, and nothing that is stacked is copied.
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ import functools
 import math
 import signal
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import torch
 
-from hybrid.device import clock_of, gpu_id
+from hybrid.device import clock_of, gpu_id, serving_kernels
 from hybrid.memory import process_peak, reset_process_peak
 from hybrid.monitor import GpuMonitor
 from hybrid.records import environment
@@ -72,8 +72,7 @@ class Trainer:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         options = {key: getattr(self.cfg.trainer, key) for key in ("dtype", "compile", "cuda_graph", "cpu_threads")}
         options["members"] = len(members)
-        served = asdict(self.cfg.kernels) | {"conv": "torch"}  # Mamba-2's short convolution has no kernel of its own
-        self.environment = environment(name, served) | options
+        self.environment = environment(name, serving_kernels(self.cfg)) | options
         self.step = build_step([m.cfg for m in members], [m.model for m in members], self.corpus)
         torch.manual_seed(self.cfg.seed_init)  # dropout
 

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hybrid.model import Block, HybridLM
 from hybrid.training.optimizer import decays, group_of
 
-# Every shape of branch that a process trains is a compilation of its own of ``run``; the default allows 8.
+# Every shape of branch, and of what follows one, is a compilation of its own of ``run``; the default allows 8.
 torch._dynamo.config.recompile_limit = max(1024, torch._dynamo.config.recompile_limit)
 torch._dynamo.config.accumulated_recompile_limit = max(4096, torch._dynamo.config.accumulated_recompile_limit)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid.kernels import causal_conv
+from hybrid.kernels import causal_conv, conv_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "torch"
@@ -47,25 +47,51 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return ((found.detach().cpu().double() - wanted).norm() / wanted.norm()).item()
 
 
-@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_outputs_and_gradients(shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> None:
+def check(shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> None:
     x, weight, bias, share = inputs(shape, dtype, device)
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    y = causal_conv(*leaves, backend="auto" if device == "cuda" else BACKEND)
+    y = causal_conv(*leaves, backend=backend_for(device))
     assert y.dtype == x.dtype
     found = [y, *torch.autograd.grad((y.float() * share).sum(), leaves)]
     for one, wanted in zip(found, expected(x, weight, bias, share), strict=True):
         assert error(one, wanted) < tolerance
 
 
-def test_programs_of_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETED:
+def backend_for(device: str) -> str:
+    return "auto" if device == "cuda" else BACKEND
+
+
+@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients(shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> None:
+    check(shape, device, dtype, tolerance)
+
+
+@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
+@pytest.mark.parametrize("T", [33, 64, 100])
+def test_programs_of_many_steps(
+    T: int, device: str, dtype: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cuda" or INTERPRETED:
         from hybrid.kernels import conv_triton
 
         monkeypatch.setattr(conv_triton, "BUSY", 0)
-    for T in (33, 64, 100):
-        test_outputs_and_gradients((2, T, 20, 4), "cpu", "float32", 1e-6)
+    check((2, T, 20, 4), device, dtype, tolerance)
+
+
+@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
+@pytest.mark.parametrize("form", ["transposed", "expanded"])
+def test_gradients_that_are_not_dense(form: str, device: str, dtype: str, tolerance: float) -> None:
+    x, weight, bias, _ = inputs((2, 20, 12, 4), dtype, device)
+    if form == "transposed":
+        share = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(8)).to(device).transpose(1, 2)
+    else:
+        share = torch.ones((), device=device).expand(2, 20, 12)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = causal_conv(*leaves, backend=backend_for(device))
+    found = torch.autograd.grad(y, leaves, share.to(y.dtype))
+    for one, wanted in zip(found, expected(x, weight, bias, share.to(y.dtype))[1:], strict=True):
+        assert error(one, wanted) < tolerance
 
 
 def test_a_past_stands_before_the_first_step() -> None:
@@ -75,26 +101,45 @@ def test_a_past_stands_before_the_first_step() -> None:
     assert error(second, whole[:, 7:]) < 1e-6
 
 
-def test_stacked_models_have_their_own_filters() -> None:
-    x, weight, bias, share = inputs((2, 40, 12, 4), "float32", "cpu", models=3)
+@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
+def test_stacked_models_have_their_own_filters(device: str, dtype: str, tolerance: float) -> None:
+    x, weight, bias, share = inputs((2, 40, 12, 4), dtype, device, models=3)
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    y = torch.vmap(lambda *own: causal_conv(*own, backend=BACKEND))(*leaves)
-    found = [y, *torch.autograd.grad((y * share).sum(), leaves)]
+    y = torch.vmap(lambda *own: causal_conv(*own, backend=backend_for(device)))(*leaves)
+    found = [y, *torch.autograd.grad((y.float() * share).sum(), leaves)]
     for member in range(3):
         wanted = expected(x[member], weight[member], bias[member], share[member])
         for one, alone in zip(found, wanted, strict=True):
-            assert error(one[member], alone) < 1e-6
+            assert error(one[member], alone) < tolerance
 
 
-@pytest.mark.parametrize(
-    "shapes", [((2, 0, 8), (8, 4), (8,)), ((2, 5, 8), (7, 4), (8,)), ((2, 5, 8), (8, 4), (7,)), ((5, 8), (8, 4), (8,))]
-)
+@pytest.mark.parametrize("shapes", [((2, 5, 8), (7, 4), (8,)), ((2, 5, 8), (8, 4), (7,)), ((5, 8), (8, 4), (8,))])
 def test_wrong_shapes_are_named(shapes: tuple[tuple[int, ...], ...]) -> None:
     x, weight, bias = (torch.ones(shape) for shape in shapes)
     with pytest.raises(ValueError, match=r"causal_conv needs x \[B,T,C\].*got x \["):
         causal_conv(x, weight, bias, backend=BACKEND)
 
 
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one step, got T=0"):
+        causal_conv(torch.ones(2, 0, 8), torch.ones(8, 4), torch.ones(8), backend=BACKEND)
+
+
 def test_a_past_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs a past of \[2, 3, 8\], got \[2, 4, 8\]"):
         causal_conv(torch.ones(2, 5, 8), torch.ones(8, 4), torch.ones(8), past=torch.ones(2, 4, 8), backend=BACKEND)
+
+
+@pytest.mark.parametrize(
+    ("ssd", "device", "width", "serves"),
+    [
+        ("triton+mamba_ssm", "cuda", 4, "triton"),
+        ("triton", "cuda", 2, "triton"),
+        ("triton+mamba_ssm", "cuda", 5, "torch"),
+        ("torch", "cuda", 4, "torch"),
+        ("auto", "cpu", 4, "torch"),
+    ],
+)
+def test_what_serves(ssd: str, device: str, width: int, serves: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid.kernels._INSTALLED", {"triton": True, "fla": True, "mamba_ssm": True})
+    assert conv_backend(ssd, device, width) == serves

@@ -181,7 +181,8 @@ def test_every_gate_has_all_its_cases() -> None:
     ("environment", "overrides", "expected"),
     [
         (served(), (), "pass"),
-        (served("NVIDIA H100", wkv6="triton+fla", ssd="triton"), (), "pass"),
+        (served("NVIDIA H100", wkv6="triton+fla", ssd="triton", conv="triton"), (), "pass"),
+        (served("NVIDIA H100", wkv6="triton+fla", ssd="triton", conv="torch"), (), "warn"),
         (served("NVIDIA H100", wkv6="triton", ssd="torch"), (), "warn"),
         (served("NVIDIA H100", wkv6="triton", ssd="torch"), ("model=rwkv6",), "pass"),  # which has no ssd
         (served(wkv6=None), (), "fail"),
