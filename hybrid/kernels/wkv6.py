@@ -9,18 +9,18 @@ Per head, with state S [K,V], receptance r_t, key k_t, value v_t, log decay w_t 
 Inside a chunk the weight of step j for step i > j is sum_k r_ik k_jk exp(w_{j+1} + ... + w_{i-1}). Splitting that
 exponent at the start of the chunk would need exp of a positive sum and overflow for strong decays. Here every pair
 (i, j) is split at a point between j and i, so that both factors are at most one whatever the decay: the chunk is
-halved again and again, each time the right half attends to the left half, down to a few steps where the exponents
-are formed pair by pair. Sums of decays are kept in float64, because a sum over a chunk with some decays of e^-20 a
-step would swallow the small ones.
+halved again and again, each time the right half attends to the left half, down to neighbours, between which nothing
+decays. Sums of decays are kept in float64, because a sum over a chunk with some decays of e^-20 a step would swallow
+the small ones.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 32  # steps a chunk
-LEAF = 4  # at or below this many steps, pair by pair
 
 
 def wkv6_torch(
@@ -35,7 +35,7 @@ def wkv6_torch(
         o, state = _single_step(r, k, v, w.to(compute), u, initial_state)
         return o, state if output_final_state else None
 
-    chunk = min(CHUNK, max(LEAF, 1 << (T - 1).bit_length()))
+    chunk = min(CHUNK, 1 << (T - 1).bit_length())
     pad = -T % chunk
     r, k, v, w = (_to_chunks(x, chunk, pad) for x in (r, k, v, w.double()))  # [B,H,N,C,K or V]
     upto = w.cumsum(dim=-2)  # w_1 + ... + w_i, from the start of the chunk
@@ -66,13 +66,9 @@ def wkv6_torch(
 def _within(r: Tensor, k: Tensor, v: Tensor, before: Tensor, upto: Tensor) -> Tensor:
     """Contribution of earlier to later steps inside blocks of size ``C``; all arguments [..., C, K or V]."""
     size = r.shape[-2]
-    if size <= LEAF:
-        gap = (before.unsqueeze(-2) - upto.unsqueeze(-3)).to(r.dtype)  # [..., i, j, K]
-        earlier = torch.ones(size, size, dtype=torch.bool, device=r.device).tril(-1)
-        # The mask goes in before exp: later pairs have positive gaps, whose exp could be inf and its gradient NaN.
-        weight = gap.masked_fill(~earlier.unsqueeze(-1), -torch.inf).exp()
-        scores = torch.einsum("...ik,...jk,...ijk->...ij", r, k, weight)
-        return scores @ v
+    if size == 2:  # nothing decays between neighbours
+        across = (r[..., 1:, :] * k[..., :1, :]).sum(-1, keepdim=True) * v[..., :1, :]
+        return F.pad(across, (0, 0, 1, 0))
     half = size // 2
     mid = upto[..., half - 1 : half, :]
     left_k = k[..., :half, :] * (mid - upto[..., :half, :]).to(k.dtype).exp()
@@ -99,5 +95,5 @@ def _to_chunks(x: Tensor, chunk: int, pad: int) -> Tensor:
     """[B,T,H,D] -> [B,H,N,C,D], padded with zeros at the end."""
     x = x.transpose(1, 2)
     if pad:
-        x = torch.nn.functional.pad(x, (0, 0, 0, pad))
+        x = F.pad(x, (0, 0, 0, pad))
     return x.unflatten(2, (-1, chunk))
