@@ -64,21 +64,17 @@ def profile(cfgs: list[Config], options: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity, record_function
 
     from hybrid import build_model
+    from hybrid.bench.configure import settle
     from hybrid.bench.regions import WHOLE, analyse
-    from hybrid.device import clock_of, resolve_device, serving_kernels
+    from hybrid.device import clock_of, serving_kernels
     from hybrid.files import write_text_atomically
     from hybrid.records import environment
-    from hybrid.run import check_data
     from hybrid.training.step import build_step
 
-    corpus = check_data(cfgs[0])
-    for cfg in cfgs:
-        cfg.model.vocab_size = cfgs[0].model.vocab_size
-        resolve_device(cfg)
+    corpus = settle(cfgs)
     trainer = cfgs[0].trainer
     device = torch.device(trainer.device)
     cuda = device.type == "cuda"
-    torch.set_num_threads(trainer.cpu_threads)
 
     clock = clock_of(device)
     stem = f"{cfgs[0].model.name}-{time.strftime('%Y%m%d-%H%M%S')}"

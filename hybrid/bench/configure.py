@@ -1,9 +1,14 @@
-"""Configurations from overrides, as the command line of ``hybrid.train`` composes them. Imports no torch."""
+"""Configurations from overrides, as the command line of ``hybrid.train`` composes them. Torch is imported late."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hybrid.config import CONF_DIR, resolve
 from hybrid.schema import Config
+
+if TYPE_CHECKING:
+    from hybrid.data import Corpus
 
 
 def configuration(overrides: list[str]) -> Config:
@@ -17,3 +22,18 @@ def configuration(overrides: list[str]) -> Config:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return resolve(compose("config", overrides=overrides))
+
+
+def settle(cfgs: list[Config]) -> Corpus:
+    """Load the corpus of runs that train together, and replace what is open in them by what it is on this machine."""
+    import torch
+
+    from hybrid.device import resolve_device
+    from hybrid.run import check_data
+
+    corpus = check_data(cfgs[0])
+    for cfg in cfgs:
+        cfg.model.vocab_size = cfgs[0].model.vocab_size
+        resolve_device(cfg)
+    torch.set_num_threads(cfgs[0].trainer.cpu_threads)
+    return corpus

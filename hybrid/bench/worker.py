@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from hybrid import build_model
-from hybrid.bench.configure import configuration
+from hybrid.bench.configure import configuration, settle
 from hybrid.bench.document import cpu_name
 from hybrid.bench.floor import necessary_bytes
 from hybrid.bench.task import Row, Task, one_line
-from hybrid.device import clock_of, gpu_id, resolve_device, serving_kernels
+from hybrid.device import clock_of, gpu_id, serving_kernels
 from hybrid.memory import process_peak, reset_process_peak
 from hybrid.monitor import ask_smi, read_once
-from hybrid.run import check_data
 from hybrid.schema import Config
 from hybrid.sizes import count_params
 from hybrid.training.step import TABLE, PlainStep, StackStep, build_step
@@ -36,14 +35,10 @@ def measure(task: Task, begun: float) -> Row:
     if task.kind == "device":
         return {"group": task.group, "name": task.name, "status": "ok", **device_facts()}
     cfgs = [configuration([*task.overrides, f"seed_init={k}", f"seed_data={k}"]) for k in range(task.members)]
-    corpus = check_data(cfgs[0])
-    for cfg in cfgs:
-        cfg.model.vocab_size = cfgs[0].model.vocab_size
-        resolve_device(cfg)
+    corpus = settle(cfgs)
     trainer = cfgs[0].trainer
     device = torch.device(trainer.device)
     cuda = device.type == "cuda"
-    torch.set_num_threads(trainer.cpu_threads)
     caches = compiled_files() if cuda or trainer.compile else None
     if task.memory_limit is not None and cuda:
         whole = torch.cuda.get_device_properties(device).total_memory
