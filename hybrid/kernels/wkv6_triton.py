@@ -107,8 +107,8 @@ def _wkv6_forward_kernel(
         total = tl.sum(w, 0)
         gap = tl.minimum(before[:, None, :] - upto[None, :, :], 0.0)
         decay = tl.exp(tl.where((i > j)[:, :, None], gap, float("-inf")))
+        decay = tl.where((i == j)[:, :, None], u[None, None, :], decay)
         scores = tl.sum(r[:, None, :] * k[None, :, :] * decay, 2)
-        scores += tl.where(i == j, tl.sum(r * u[None, :] * k, 1)[:, None], 0.0)
         o = tl.dot(scores, v, input_precision="tf32x3")
         o += tl.dot(r * tl.exp(before), state, input_precision="tf32x3")
         store(o_ptr, o, first, T, H * V, V, C, BV)
@@ -179,8 +179,8 @@ def _wkv6_backward_kernel(
 
         gap = tl.minimum(before[:, None, :] - upto[None, :, :], 0.0)
         decay = tl.exp(tl.where((i > j)[:, :, None], gap, float("-inf")))
-        scores = tl.sum(r[:, None, :] * k[None, :, :] * decay, 2)
-        scores += tl.where(i == j, tl.sum(r * u[None, :] * k, 1)[:, None], 0.0)
+        with_bonus = tl.where((i == j)[:, :, None], u[None, None, :], decay)
+        scores = tl.sum(r[:, None, :] * k[None, :, :] * with_bonus, 2)
         dscores = tl.dot(do, tl.trans(v), input_precision="tf32x3")
         distant = tl.where(i > j + 1, dscores, 0.0)[:, :, None] * decay
         dr_distant = tl.sum(distant * k[None, :, :], 1)
@@ -197,14 +197,14 @@ def _wkv6_backward_kernel(
         dv = tl.dot(tl.trans(scores), do, input_precision="tf32x3")
         dv += tl.dot(k * leaving, dstate, input_precision="tf32x3")
         du += tl.sum(own * r * k, 0)
-        # What later steps and what earlier steps give to each, as products with ones and zeros rather than differences
-        # of running sums: taking a term off a running sum would leave its rounding behind.
+        # Axis 0 holds the steps that are summed, axis 1 those that get the sum. Sums rather than differences of running
+        # sums: taking a term off a running sum would leave its rounding behind.
         through = tl.exp(total) * tl.sum(state * dstate, 1)
         before_it = k * dk_state
         from_it = -k * dk_distant
         after_it = r * (dr_state + dr_distant) + from_it
-        dw = tl.dot(tl.where(i < j, 1.0, 0.0), after_it, input_precision="tf32x3") + from_it
-        dw += tl.dot(tl.where(i > j, 1.0, 0.0), before_it, input_precision="tf32x3")
+        across = tl.where((i < j)[:, :, None], before_it[:, None, :], from_it[:, None, :])
+        dw = tl.sum(tl.where((i > j)[:, :, None], after_it[:, None, :], across), 0)
         # Where nothing is kept there is no gradient, nor may rounding be one: the step's input can be huge.
         dw = tl.where(w > LOWEST, dw + through[None, :], 0.0)
         store(dr_ptr + out, dr, first, T, H * K, width, C, BK)
