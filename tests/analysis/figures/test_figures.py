@@ -17,7 +17,7 @@ from analysis.figures.curves import CurveReading
 from analysis.figures.drawing import Drawn, _figures, drop_stale, write_figures
 from analysis.figures.gradient_ratio import _bands
 from analysis.figures.over_steps import by_step, thin_out
-from analysis.figures.style import arm_styles, look
+from analysis.figures.style import PALETTE, arm_styles, look, shrink
 from analysis.figures.tradeoffs import pareto_front, tradeoffs
 from analysis.records.configs import differing, read_config
 from analysis.records.frames import runs_frame
@@ -234,3 +234,23 @@ def test_only_arms_that_are_drawn_are_read(factorial, monkeypatch):
     assert read == set(curves.drawn_arms(comparison)) == {"gain-branch_norm=none", "gated-branch_norm=rms"}
     gated = found.steps.lists["gate_mean"]
     assert {comparison.runs["arm"][run] for run in gated["run"]} == {"gated-branch_norm=rms"}
+
+
+def test_a_small_palette_keeps_the_colours(tmp_path):
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(6, 3))
+    panel = figure.subplots()
+    for i, colour in enumerate(PALETTE):
+        panel.plot([0, 1, 2], [i, i + 1, i], color=colour, lw=3)
+    whole = tmp_path / "whole.png"
+    figure.savefig(whole, dpi=160, bbox_inches="tight")
+    large = whole.stat().st_size
+    with Image.open(whole) as image:
+        before = np.asarray(image.convert("RGB")).astype(int)
+    shrink(whole)
+    with Image.open(whole) as image:
+        after = np.asarray(image.convert("RGB")).astype(int)
+    assert whole.stat().st_size < 0.6 * large
+    assert (before[0, 0] == after[0, 0]).all() and abs(after - before).mean() < 0.5
