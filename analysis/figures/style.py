@@ -178,4 +178,4 @@ def shrink(png: Path) -> None:
     """Lines and letters need few colours: with 256 of them a file is a third as large."""
     with Image.open(png) as image:
         few = image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    few.save(png, format="PNG", optimize=True)
+    few.save(png, format="PNG", compress_level=6)
