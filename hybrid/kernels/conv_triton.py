@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid.kernels import LONGEST_FILTER
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import check_dtypes
+from hybrid.kernels.tiles import check_dtypes, strides, with_dense_rows
 
-TAPS = 4  # of every filter in the kernels, which name them one by one
 CHANNELS, WARPS = 128, 2  # of a program: two channels a thread, loads of 4 bytes in bfloat16
 AT_ONCE = 16  # steps without a branch between them, so that their loads are under way together
 BUSY = 2**17  # channels under way at once that fill a GPU: with fewer, sequences are shared out over programs
@@ -34,12 +34,18 @@ def _at(pointer, t, T, stride, here):
 
 
 @triton.jit
-def _filter(weight_ptr, bias_ptr, own, here):
+def _filter(weight_ptr, bias_ptr, C, sequences_per_model, BC: tl.constexpr):
+    """The sequence and the channels of this program, which of them are there, and their weights and biases."""
+    b = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(2) * BC + tl.arange(0, BC)
+    here = channel < C
+    own = b // sequences_per_model * C + channel
     w0 = tl.load(weight_ptr + own * 4, mask=here, other=0.0).to(tl.float32)
     w1 = tl.load(weight_ptr + own * 4 + 1, mask=here, other=0.0).to(tl.float32)
     w2 = tl.load(weight_ptr + own * 4 + 2, mask=here, other=0.0).to(tl.float32)
     w3 = tl.load(weight_ptr + own * 4 + 3, mask=here, other=0.0).to(tl.float32)
-    return w0, w1, w2, w3, tl.load(bias_ptr + own, mask=here, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + own, mask=here, other=0.0).to(tl.float32)
+    return b, channel, here, w0, w1, w2, w3, bias
 
 
 @triton.jit
@@ -54,13 +60,9 @@ def _conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, T, C, sequences_per_model, x_batch, x_step,
     BLOCKS: tl.constexpr, AT_ONCE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(2) * BC + tl.arange(0, BC)
-    here = channel < C
-    own = b // sequences_per_model * C + channel
+    b, channel, here, w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, C, sequences_per_model, BC)
     x_ptr += b * x_batch + channel
     y_ptr += b * T * C + channel
-    w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, own, here)
     start = tl.program_id(1).to(tl.int64) * (BLOCKS * AT_ONCE)
     x0 = _at(x_ptr, start - 3, T, x_step, here)
     x1 = _at(x_ptr, start - 2, T, x_step, here)
@@ -80,14 +82,10 @@ def _conv_backward_kernel(
     T, C, sequences_per_model, x_batch, x_step, dy_batch, dy_step,
     BLOCKS: tl.constexpr, AT_ONCE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(2) * BC + tl.arange(0, BC)
-    here = channel < C
-    own = b // sequences_per_model * C + channel
+    b, channel, here, w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, C, sequences_per_model, BC)
     x_ptr += b * x_batch + channel
     dy_ptr += b * dy_batch + channel
     dx_ptr += b * T * C + channel
-    w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, own, here)
     start = tl.program_id(1).to(tl.int64) * (BLOCKS * AT_ONCE)
     stop = start + BLOCKS * AT_ONCE
     x1 = _at(x_ptr, stop, T, x_step, here)
@@ -131,18 +129,14 @@ def _conv_backward_kernel(
     tl.store(sums_ptr + 4 * C, dbias, mask=here)
 
 
-def _dense_channels(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 @torch.library.custom_op("groundthink::conv_triton", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     B, T, C = x.shape
     y, steps = x.new_empty(x.shape), steps_of_program(B, T, C)
-    x = _dense_channels(x)
+    x = with_dense_rows(x)
     with torch.cuda.device_of(x):
         _conv_forward_kernel[B, triton.cdiv(T, steps), triton.cdiv(C, CHANNELS)](
-            x, weight.contiguous(), bias.contiguous(), y, T, C, B // weight.shape[0], x.stride(0), x.stride(1),
+            x, weight.contiguous(), bias.contiguous(), y, T, C, B // weight.shape[0], *strides(x),
             BLOCKS=triton.cdiv(steps, AT_ONCE), AT_ONCE=AT_ONCE, BC=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     return y
@@ -159,12 +153,12 @@ def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tens
     B, T, C = x.shape
     steps = steps_of_program(B, T, C)
     programs = triton.cdiv(T, steps)
-    dx, sums = x.new_empty(x.shape), x.new_empty(B, programs, TAPS + 1, C, dtype=torch.float32)
-    x, dy = _dense_channels(x), _dense_channels(dy)
+    dx, sums = x.new_empty(x.shape), x.new_empty(B, programs, LONGEST_FILTER + 1, C, dtype=torch.float32)
+    x, dy = with_dense_rows(x), with_dense_rows(dy)
     with torch.cuda.device_of(x):
         _conv_backward_kernel[B, programs, triton.cdiv(C, CHANNELS)](
             x, weight.contiguous(), bias.contiguous(), dy, dx, sums,
-            T, C, B // weight.shape[0], x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
+            T, C, B // weight.shape[0], *strides(x, dy),
             BLOCKS=triton.cdiv(steps, AT_ONCE), AT_ONCE=AT_ONCE, BC=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     return dx, sums
@@ -174,7 +168,7 @@ def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tens
 def _(x, weight, bias, dy):
     B, T, C = x.shape
     programs = triton.cdiv(T, steps_of_program(B, T, C))
-    return x.new_empty(x.shape), x.new_empty(B, programs, TAPS + 1, C, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(B, programs, LONGEST_FILTER + 1, C, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -195,9 +189,10 @@ register_seeds(_backward)
 
 
 def conv_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As ``hybrid.kernels.causal_conv`` without a past, for filters of at most ``TAPS``; arithmetic in float32."""
+    """As ``hybrid.kernels.causal_conv`` without a past, in float32, for filters of at most ``LONGEST_FILTER``."""
     check_dtypes("causal_conv", x, weight, bias)
-    if weight.shape[1] < TAPS:
-        weight = F.pad(weight, (TAPS - weight.shape[1], 0))
+    missing = LONGEST_FILTER - weight.shape[1]
+    if missing:
+        weight = F.pad(weight, (missing, 0))
     # One set of filters for the whole batch; stacked models (vmap) have several.
     return _forward(x, weight[None], bias[None])

@@ -22,7 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import LOWEST, check_dtypes, load, power_of_two, store, with_dense_heads
+from hybrid.kernels.tiles import (
+    LOWEST,
+    check_dtypes,
+    load,
+    power_of_two,
+    store,
+    strides,
+    with_dense_heads,
+    with_dense_rows,
+)
 
 _STATE = torch.float32
 
@@ -195,11 +204,6 @@ def _ssd_backward_kernel(
         store(dinitial_ptr + head.to(tl.int64) * P * N, dstate, 0, P, N, N, BP, BN)
 
 
-def _steps(*tensors: Tensor) -> list[int]:
-    """Batch and step strides of each tensor, in the kernels' order."""
-    return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
-
-
 def _border_shape(x: Tensor, N: int, stateful: bool, save: bool) -> tuple[int, ...]:
     batch, T, H, P = x.shape
     chunk = choose(T, P, N, x.dtype, False).chunk
@@ -220,11 +224,11 @@ def _forward(
     final_state = x.new_empty((batch, H, P, N) if final else (0,), dtype=_STATE)
     # The products that read them take the inputs' precision anyway.
     borders = x.new_empty(_border_shape(x, N, final or initial_state is not None, save))
-    x, dt, B, C = with_dense_heads(x), _dense_rows(dt), with_dense_heads(B), with_dense_heads(C)
+    x, dt, B, C = with_dense_heads(x), with_dense_rows(dt), with_dense_heads(B), with_dense_heads(C)
     with torch.cuda.device_of(x):
         _ssd_forward_kernel[(batch * H,)](
             x, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), initial_state, y, final_state, borders,
-            T, H, G, P, N, batch // A.shape[0], chunks, *_steps(x, dt, B, C),
+            T, H, G, P, N, batch // A.shape[0], chunks, *strides(x, dt, B, C),
             L=launch.chunk, BP=power_of_two(P), BN=power_of_two(N), SKIP=D is not None, STATE=stateful,
             INITIAL=initial_state is not None, FINAL=final, SAVE=save, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
@@ -256,7 +260,7 @@ def _backward(
     dfinal = None if dfinal is None else dfinal.contiguous()
     x, dt, B, C, dy = (
         with_dense_heads(x),
-        _dense_rows(dt),
+        with_dense_rows(dt),
         with_dense_heads(B),
         with_dense_heads(C),
         with_dense_heads(dy),
@@ -265,7 +269,7 @@ def _backward(
         _ssd_backward_kernel[(batch * H,)](
             x, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), borders, dy, dfinal,
             dx, ddt, dA, dB, dC, dD, dinitial,
-            T, H, G, P, N, batch // A.shape[0], triton.cdiv(T, launch.chunk), *_steps(x, dt, B, C, dy),
+            T, H, G, P, N, batch // A.shape[0], triton.cdiv(T, launch.chunk), *strides(x, dt, B, C, dy),
             L=launch.chunk, BP=power_of_two(P), BN=power_of_two(N), SKIP=D is not None, STATE=borders.numel() > 0,
             INITIAL=initial, FINAL=dfinal is not None, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
@@ -286,10 +290,6 @@ def _(x, dt, A, B, C, D, borders, dy, dfinal, initial):
         dD,
         dinitial,
     )
-
-
-def _dense_rows(dt: Tensor) -> Tensor:
-    return dt if dt.stride(-1) == 1 or dt.shape[-1] == 1 else dt.contiguous()
 
 
 def _setup_context(ctx, inputs, output):

@@ -41,6 +41,16 @@ def with_dense_heads(x: Tensor) -> Tensor:
     return x if dense else x.contiguous()
 
 
+def with_dense_rows(x: Tensor) -> Tensor:
+    """x [B,T,D] itself where the numbers of a step lie side by side, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Batch and step strides of each tensor, in the kernels' order."""
+    return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
+
+
 def power_of_two(size: int) -> int:
     """The block size for ``size`` elements: a power of two, at least 16 (the smallest side of a tile product)."""
     return max(16, triton.next_power_of_2(size))

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import LOWEST, check_dtypes, load, power_of_two, store, with_dense_heads
+from hybrid.kernels.tiles import LOWEST, check_dtypes, load, power_of_two, store, strides, with_dense_heads
 
 CHUNK = 16  # steps; pairs of them are formed channel by channel, so more cost more
 _STATE = torch.float32
@@ -219,11 +219,6 @@ def _wkv6_backward_kernel(
         store(dinitial_ptr + state_at, dstate, 0, width, V, V, BK, BV)
 
 
-def _steps(*tensors: Tensor) -> list[int]:
-    """Batch and step strides of each tensor, in the kernels' order."""
-    return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
-
-
 @torch.library.custom_op("groundthink::wkv6_triton", mutates_args=())
 def _forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, final: bool, save: bool
@@ -239,7 +234,7 @@ def _forward(
     with torch.cuda.device_of(r):
         _wkv6_forward_kernel[B * H, triton.cdiv(chunks, launch.chunks_per_program), parts](
             r, k, v, w, u.contiguous(), initial_state, o, final_state, borders,
-            T, H, K, V, B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V, *_steps(r, k, v, w),
+            T, H, K, V, B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V, *strides(r, k, v, w),
             C=CHUNK, BK=launch.block_k, BV=power_of_two(V), AHEAD=launch.ahead,
             INITIAL=initial_state is not None, FINAL=final, SAVE=save, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
@@ -275,7 +270,7 @@ def _backward(
     with torch.cuda.device_of(r):
         _wkv6_backward_kernel[B * H, programs, parts](
             r, k, v, w, u.contiguous(), borders, do, dfinal, dr, dk, dv, dw, du, dinitial,
-            T, H, K, V, B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V, *_steps(r, k, v, w, do),
+            T, H, K, V, B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V, *strides(r, k, v, w, do),
             C=CHUNK, BK=launch.block_k, BV=power_of_two(V), AHEAD=launch.ahead,
             INITIAL=initial, FINAL=dfinal is not None, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip

@@ -110,16 +110,16 @@ class Stack:
         n = F.rms_norm(x, x.shape[-1:], eps=template.norm.eps) * norms[0][:, None, None]
         with kernels:
             for i, (branches, after) in enumerate(self.blocks):
-                own = {name: values[f"blocks.{i}.{name}"] for name, _ in after.block.named_parameters()}
-                outputs = self.branch_outputs(branches, own, n)
-                x, n = self.run(after, of_parts(own, "fusion", "ffn_norm", "ffn"), x, norms[i + 1], *outputs)
+                of = {part: {name: values[f"blocks.{i}.{name}"] for name in part.names} for part in (*branches, after)}
+                outputs = self.branch_outputs([(branch, of[branch], n) for branch in branches])
+                x, n = self.run(after, of[after], x, norms[i + 1], *outputs)
         return torch.einsum("mbtd,mvd->mbtv", n, values["embedding.weight"])
 
-    def branch_outputs(self, branches: list[Branch], values: dict[str, Tensor], n: Tensor) -> list[Tensor]:
-        """What every branch of a block makes of ``n`` [members, B, T, d]; ``values`` are the block's."""
-        calls = [(branch, of_parts(values, branch.name), n) for branch in branches]
+    def branch_outputs(self, calls: list[tuple[Branch, dict[str, Tensor], Tensor]]) -> list[Tensor]:
+        """What every branch of a block makes of its input [members, B, T, d], with its values."""
         if self.side is None or len(calls) == 1:
             return [self.run(*call) for call in calls]
+        _, values, n = calls[1]
         here = torch.cuda.current_stream(n.device)
         self.side.wait_stream(here)
         with torch.cuda.stream(self.side):
@@ -127,7 +127,7 @@ class Stack:
         first = self.run(*calls[0])
         here.wait_stream(self.side)
         # Memory must not be used again before the other stream is through with it.
-        for tensor in (n, *calls[1][1].values()):
+        for tensor in (n, *values.values()):
             tensor.record_stream(self.side)
         second.record_stream(here)
         return [first, second]
@@ -156,17 +156,13 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
         return (is_token.to(weight.dtype) @ weight).view(*tokens.shape, d)
 
 
-def of_parts(values: dict[str, Tensor], *parts: str) -> dict[str, Tensor]:
-    """Those of a block's parameters that belong to one of ``parts``."""
-    return {name: value for name, value in values.items() if name.split(".")[0] in parts}
-
-
 class Branch(nn.Module):
-    """A branch of a block as a module; its parameters have the block's names after ``block.``."""
+    """A branch of a block as a module, and the block's names of its parameters."""
 
     def __init__(self, block: Block, name: str) -> None:
         super().__init__()
         self.block, self.name = block, name
+        self.names = [path for path, _ in block.named_parameters() if path.split(".")[0] == name]
 
     def forward(self, n: Tensor) -> Tensor:
         return getattr(self.block, self.name)(n)[0]
@@ -178,6 +174,8 @@ class After(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
+        before = (*block.branches, "mix_norm")
+        self.names = [path for path, _ in block.named_parameters() if path.split(".")[0] not in before]
 
     def forward(self, x: Tensor, norm: Tensor, *outputs: Tensor) -> tuple[Tensor, Tensor]:
         x, _ = self.block.after(x, outputs)
