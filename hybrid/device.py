@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from hybrid.config import ConfigError
-from hybrid.kernels import BackendError, conv_backend, resolve_backend
+from hybrid.kernels import BackendError, conv_backend, ddlerp_backend, resolve_backend
 from hybrid.schema import Config
 
 FULL = 32768  # tokens of a micro-batch with which a GPU is busy
@@ -55,7 +55,8 @@ def serving_kernels(cfg: Config) -> dict[str, str]:
     """What serves each operator of a configuration that ``resolve_device`` has seen."""
     kernels, device_type = cfg.kernels, cfg.trainer.device.partition(":")[0]
     conv = conv_backend(kernels.ssd, device_type, cfg.model.mamba.conv_kernel)
-    return {"wkv6": kernels.wkv6, "ssd": kernels.ssd, "conv": conv}
+    ddlerp = ddlerp_backend(kernels.wkv6, device_type, cfg.model.d_model)
+    return {"wkv6": kernels.wkv6, "ssd": kernels.ssd, "conv": conv, "ddlerp": ddlerp}
 
 
 def gpu_id(device: torch.device) -> str:

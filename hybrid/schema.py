@@ -136,7 +136,7 @@ class TrainerConfig:
 class KernelsConfig:
     """Which code computes the two recurrences; ``auto`` takes the best one there is and records it.
 
-    Mamba-2's short convolution goes with ``ssd``.
+    Mamba-2's short convolution goes with ``ssd``, RWKV-6's token shift with ``wkv6``.
     """
 
     wkv6: str = "auto"  # auto | torch | triton | fla | triton+fla

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.branches import BranchState
-from hybrid.kernels import wkv6
+from hybrid.kernels import ddlerp, wkv6
 from hybrid.schema import KernelsConfig, RWKVConfig
 
 with warnings.catch_warnings():
@@ -60,9 +60,8 @@ class RWKV6(RWKV6Attention):
 
         # Token shift with a mix that depends on the data: x_proj is (to rank 5R, tanh, up again), x_bias its offset.
         to_low, tanh, to_full = self.x_proj
-        low = tanh(to_low.linear(x + delta * to_low.mu)).view(B, T, 5, self.proj_low_rank_dim)
-        mix = torch.einsum("btnr,dnr->nbtd", low, to_full.weight.view(D, 5, -1)) + self.x_bias[:, None, None]
-        xr, xw, xk, xv, xg = (x + delta * m for m in mix.unbind(0))
+        low = tanh(to_low.linear(x + delta * to_low.mu))
+        xr, xw, xk, xv, xg = ddlerp(x, delta, low, to_full.weight, self.x_bias, self.backend)
 
         r = self.r_proj.linear(xr).view(B, T, self.num_heads, self.head_k_dim)
         k = self.k_proj.linear(xk).view(B, T, self.num_heads, self.head_k_dim)

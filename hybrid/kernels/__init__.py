@@ -12,9 +12,10 @@
 ``auto`` is ``torch`` on CPU, and on CUDA the best of what is installed; ``resolve_backend`` says which, and every run
 records it. All of them can be mapped over stacked models with ``torch.vmap``.
 
-``causal_conv``, Mamba-2's short convolution, goes with ``ssd``: one Triton kernel each way where kernels serve that,
-else plain PyTorch (``conv.py``, ``conv_triton.py``). Beside them lies the optimiser's update of stacked parameters
-(``adamw.py``, ``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between.
+``causal_conv``, Mamba-2's short convolution, goes with ``ssd``, and ``ddlerp``, RWKV-6's token shift, with ``wkv6``:
+Triton kernels where kernels serve that, else plain PyTorch (``conv.py``, ``conv_triton.py``, ``ddlerp.py``,
+``ddlerp_triton.py``). Beside them lies the optimiser's update of stacked parameters (``adamw.py``,
+``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from hybrid.kernels.conv import conv_torch
+from hybrid.kernels.ddlerp import ddlerp_torch
 from hybrid.kernels.ssd import ssd_torch
 from hybrid.kernels.wkv6 import wkv6_torch
 
@@ -34,6 +36,8 @@ SHORT = {"wkv6": 512, "ssd": 512}  # steps of a call up to which the fused kerne
 LARGEST_V = 128  # value channels of a head that the fused wkv6 kernels hold
 LARGEST_STATE = 64 * 256  # state channels of a head, P N, each rounded up to a power of two, for the fused ssd kernels
 LONGEST_FILTER = 4  # weights a channel of a convolution that its kernels hold
+MIXES = 5  # of a token shift: for r, w, k, v and g
+WIDEST_SHIFT = 256  # channels of a token shift that its kernels hold
 _PACKAGE = {"triton": "triton", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _PACKAGE}
 
@@ -85,6 +89,12 @@ def conv_backend(backend: str, device_type: str, width: int) -> str:
     """What serves the convolution with filters of ``width`` beside an ``ssd`` of ``backend``: "triton" or "torch"."""
     kernels = resolve_backend("ssd", backend, device_type) != "torch" and _INSTALLED["triton"]
     return "triton" if kernels and width <= LONGEST_FILTER else "torch"
+
+
+def ddlerp_backend(backend: str, device_type: str, width: int) -> str:
+    """What serves the token shift of ``width`` channels beside a ``wkv6`` of ``backend``: "triton" or "torch"."""
+    kernels = resolve_backend("wkv6", backend, device_type) != "torch" and _INSTALLED["triton"]
+    return "triton" if kernels and width <= WIDEST_SHIFT else "torch"
 
 
 def _rounded(size: int) -> int:
@@ -211,3 +221,27 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = N
 
         return conv_triton(x, weight, bias)
     return conv_torch(x, weight, bias, past)
+
+
+def ddlerp(
+    x: Tensor, delta: Tensor, low: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto"
+) -> tuple[Tensor, ...]:
+    """Five mixes of every step with the one before: ``y_k = x + delta (low_k W_k^T + bias_k)``.
+
+    The data-dependent linear interpolation of RWKV-6 (arXiv:2404.05892, section 4), with x [B,T,D], delta [B,T,D] the
+    step before minus this one, low [B,T,5R] the five low-rank activations side by side, weight [D,5R], bias [5,D];
+    ``backend`` is the one asked for ``wkv6``. Returns five [B,T,D]: from kernels in the dtype of ``low``, else in that
+    of the sum.
+    """
+    B, T, D = x.shape
+    if delta.shape != x.shape or low.shape[:2] != (B, T) or weight.shape != (D, low.shape[2]) or low.shape[2] % MIXES:
+        named = (("x", x), ("delta", delta), ("low", low), ("weight", weight))
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in named)
+        raise ValueError(f"ddlerp needs x and delta [B,T,D], low [B,T,{MIXES}R], weight [D,{MIXES}R]; got {shapes}")
+    if bias.shape != (MIXES, D):
+        raise ValueError(f"ddlerp needs a bias of {[MIXES, D]}, got {list(bias.shape)}")
+    if ddlerp_backend(backend, x.device.type, D) == "triton":
+        from hybrid.kernels.ddlerp_triton import ddlerp_triton
+
+        return ddlerp_triton(x, delta, low, weight, bias)
+    return ddlerp_torch(x, delta, low, weight, bias)

@@ -3,7 +3,8 @@
 With u_t = bias + w0 x_{t-3} + w1 x_{t-2} + w2 x_{t-1} + w3 x_t and y_t = SiLU(u_t), a program has some channels of one
 sequence and walks some steps, forward from the first, backward from the last, with the inputs that it needs again in
 registers: a program loads each once. u is not kept but computed again in the backward pass, where
-dx_t = w3 du_t + w2 du_{t+1} + w1 du_{t+2} + w0 du_{t+3}. Shorter filters have zeros in front.
+dx_t = w3 du_t + w2 du_{t+1} + w1 du_{t+2} + w0 du_{t+3}. Shorter filters have zeros in front. Programs of more steps
+write fewer partial sums of the filters' gradients, and were slower on an H100 at every size tried.
 """
 
 from __future__ import annotations
@@ -19,13 +20,7 @@ from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, strides, with_dense_rows
 
 CHANNELS, WARPS = 128, 2  # of a program: two channels a thread, loads of 4 bytes in bfloat16
-AT_ONCE = 16  # steps without a branch between them, so that their loads are under way together
-BUSY = 2**17  # channels under way at once that fill a GPU: with fewer, sequences are shared out over programs
-
-
-def steps_of_program(B: int, T: int, C: int) -> int:
-    """How many steps a program walks: all, or some where that leaves a GPU idle. Fewer mean more partial sums."""
-    return min(64, T) if B * C * triton.cdiv(T, 64) >= BUSY else AT_ONCE
+STEPS = 16  # of a program, without a branch between them, so that their loads are under way together
 
 
 @triton.jit
@@ -58,36 +53,35 @@ def _gradient(dy, u):
 @triton.jit
 def _conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, T, C, sequences_per_model, x_batch, x_step,
-    BLOCKS: tl.constexpr, AT_ONCE: tl.constexpr, BC: tl.constexpr,
+    STEPS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b, channel, here, w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, C, sequences_per_model, BC)
     x_ptr += b * x_batch + channel
     y_ptr += b * T * C + channel
-    start = tl.program_id(1).to(tl.int64) * (BLOCKS * AT_ONCE)
+    start = tl.program_id(1).to(tl.int64) * STEPS
     x0 = _at(x_ptr, start - 3, T, x_step, here)
     x1 = _at(x_ptr, start - 2, T, x_step, here)
     x2 = _at(x_ptr, start - 1, T, x_step, here)
-    for block in range(0, BLOCKS):
-        for i in tl.static_range(AT_ONCE):
-            t = start + block * AT_ONCE + i
-            x3 = _at(x_ptr, t, T, x_step, here)
-            u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-            tl.store(y_ptr + t * C, (u * tl.sigmoid(u)).to(y_ptr.dtype.element_ty), mask=here & (t < T))
-            x0, x1, x2 = x1, x2, x3
+    for i in tl.static_range(STEPS):
+        t = start + i
+        x3 = _at(x_ptr, t, T, x_step, here)
+        u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+        tl.store(y_ptr + t * C, (u * tl.sigmoid(u)).to(y_ptr.dtype.element_ty), mask=here & (t < T))
+        x0, x1, x2 = x1, x2, x3
 
 
 @triton.jit
 def _conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, sums_ptr,
     T, C, sequences_per_model, x_batch, x_step, dy_batch, dy_step,
-    BLOCKS: tl.constexpr, AT_ONCE: tl.constexpr, BC: tl.constexpr,
+    STEPS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b, channel, here, w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, C, sequences_per_model, BC)
     x_ptr += b * x_batch + channel
     dy_ptr += b * dy_batch + channel
     dx_ptr += b * T * C + channel
-    start = tl.program_id(1).to(tl.int64) * (BLOCKS * AT_ONCE)
-    stop = start + BLOCKS * AT_ONCE
+    start = tl.program_id(1).to(tl.int64) * STEPS
+    stop = start + STEPS
     x1 = _at(x_ptr, stop, T, x_step, here)
     x2 = _at(x_ptr, stop + 1, T, x_step, here)
     x3 = _at(x_ptr, stop + 2, T, x_step, here)
@@ -106,21 +100,20 @@ def _conv_backward_kernel(
     dw2 = dw0
     dw3 = dw0
     dbias = dw0
-    for block in range(0, BLOCKS):
-        for i in tl.static_range(AT_ONCE):
-            t = stop - 1 - block * AT_ONCE - i
-            x0 = _at(x_ptr, t - 3, T, x_step, here)
-            u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-            du = _gradient(_at(dy_ptr, t, T, dy_step, here), u)
-            dx = w3 * du + w2 * du1 + w1 * du2 + w0 * du3
-            tl.store(dx_ptr + t * C, dx.to(dx_ptr.dtype.element_ty), mask=here & (t < T))
-            dw0 += du * x0
-            dw1 += du * x1
-            dw2 += du * x2
-            dw3 += du * x3
-            dbias += du
-            du1, du2, du3 = du, du1, du2
-            x1, x2, x3 = x0, x1, x2
+    for i in tl.static_range(STEPS):
+        t = stop - 1 - i
+        x0 = _at(x_ptr, t - 3, T, x_step, here)
+        u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+        du = _gradient(_at(dy_ptr, t, T, dy_step, here), u)
+        dx = w3 * du + w2 * du1 + w1 * du2 + w0 * du3
+        tl.store(dx_ptr + t * C, dx.to(dx_ptr.dtype.element_ty), mask=here & (t < T))
+        dw0 += du * x0
+        dw1 += du * x1
+        dw2 += du * x2
+        dw3 += du * x3
+        dbias += du
+        du1, du2, du3 = du, du1, du2
+        x1, x2, x3 = x0, x1, x2
     sums_ptr += (b * tl.num_programs(1) + tl.program_id(1)) * 5 * C + channel
     tl.store(sums_ptr, dw0, mask=here)
     tl.store(sums_ptr + C, dw1, mask=here)
@@ -132,12 +125,12 @@ def _conv_backward_kernel(
 @torch.library.custom_op("groundthink::conv_triton", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     B, T, C = x.shape
-    y, steps = x.new_empty(x.shape), steps_of_program(B, T, C)
+    y = x.new_empty(x.shape)
     x = with_dense_rows(x)
     with torch.cuda.device_of(x):
-        _conv_forward_kernel[B, triton.cdiv(T, steps), triton.cdiv(C, CHANNELS)](
+        _conv_forward_kernel[B, triton.cdiv(T, STEPS), triton.cdiv(C, CHANNELS)](
             x, weight.contiguous(), bias.contiguous(), y, T, C, B // weight.shape[0], *strides(x),
-            BLOCKS=triton.cdiv(steps, AT_ONCE), AT_ONCE=AT_ONCE, BC=CHANNELS, num_warps=WARPS,
+            STEPS=STEPS, BC=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     return y
 
@@ -151,15 +144,14 @@ def _(x, weight, bias):
 def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of x, and every program's sums [B,programs,5,C] for the four weights and the bias."""
     B, T, C = x.shape
-    steps = steps_of_program(B, T, C)
-    programs = triton.cdiv(T, steps)
+    programs = triton.cdiv(T, STEPS)
     dx, sums = x.new_empty(x.shape), x.new_empty(B, programs, LONGEST_FILTER + 1, C, dtype=torch.float32)
     x, dy = with_dense_rows(x), with_dense_rows(dy)
     with torch.cuda.device_of(x):
         _conv_backward_kernel[B, programs, triton.cdiv(C, CHANNELS)](
             x, weight.contiguous(), bias.contiguous(), dy, dx, sums,
             T, C, B // weight.shape[0], *strides(x, dy),
-            BLOCKS=triton.cdiv(steps, AT_ONCE), AT_ONCE=AT_ONCE, BC=CHANNELS, num_warps=WARPS,
+            STEPS=STEPS, BC=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     return dx, sums
 
@@ -167,8 +159,7 @@ def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tens
 @_backward.register_fake
 def _(x, weight, bias, dy):
     B, T, C = x.shape
-    programs = triton.cdiv(T, steps_of_program(B, T, C))
-    return x.new_empty(x.shape), x.new_empty(B, programs, LONGEST_FILTER + 1, C, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(B, triton.cdiv(T, STEPS), LONGEST_FILTER + 1, C, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):

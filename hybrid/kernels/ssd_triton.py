@@ -44,13 +44,12 @@ class Launch:
     num_warps: int
 
 
-def choose(T: int, P: int, N: int, dtype: torch.dtype, backward: bool) -> Launch:
+def choose(T: int, P: int, N: int, dtype: torch.dtype) -> Launch:
     """A launch, as measured on an H100 in bfloat16 with P=64, N=128. Both directions have the same chunk."""
-    # A state beside the tiles of 64 steps does not fit in registers, nor do float32 tiles in shared memory.
+    # Float32 tiles of 64 steps do not fit in shared memory, nor a larger state beside those of 64 steps in registers.
     large, wide = power_of_two(P) * power_of_two(N) > 64 * 128, dtype == torch.float32
-    longest = 16 if large and wide else 64 if T <= 64 and not large and not wide else 32
-    chunk = min(longest, power_of_two(T))
-    return Launch(chunk, 8 if wide else 4)
+    longest = 16 if large and wide else 32 if large or wide else 64
+    return Launch(min(longest, power_of_two(T)), 8 if wide else 4)
 
 
 @triton.jit
@@ -109,104 +108,125 @@ def _ssd_forward_kernel(
 
 
 @triton.jit
-def _ssd_backward_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, borders_ptr, dy_ptr, dfinal_ptr,
-    dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dinitial_ptr,
-    T, H, G, P, N, sequences_per_A, chunks,
-    x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, dy_batch, dy_step,
-    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    SKIP: tl.constexpr, STATE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+def _ssd_dstates_kernel(
+    dt_ptr, A_ptr, C_ptr, dy_ptr, dfinal_ptr, dstates_ptr, dinitial_ptr,
+    T, H, G, P, N, sequences_per_A, chunks, dt_batch, dt_step, C_batch, C_step, dy_batch, dy_step,
+    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    low = x_ptr.dtype.element_ty
+    """The gradient of the state that leaves each chunk, from the last to the first, for some of its columns."""
+    low = dy_ptr.dtype.element_ty
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
     h = head % H
-    group = h // (H // G)
-    x_ptr += b * x_batch + h * P
+    column = tl.program_id(1) * BN
+    width = N - column
     dt_ptr += b * dt_batch + h
-    B_ptr += b * B_batch + group * N
-    C_ptr += b * C_batch + group * N
+    C_ptr += b * C_batch + h // (H // G) * N + column
     dy_ptr += b * dy_batch + h * P
-    dx_ptr += (b * T * H + h) * P
-    dB_ptr += (b * T * H + h) * N
-    dC_ptr += (b * T * H + h) * N
-    ddt_ptr += b * T * H + h
-    of_head = b // sequences_per_A * H + h
-    A = tl.load(A_ptr + of_head).to(tl.float32)
-    i = tl.arange(0, L)[:, None]
-    j = tl.arange(0, L)[None, :]
-    dA = 0.0
-    dD = 0.0
-    if STATE:
-        dstate = tl.zeros((BP, BN), dtype=tl.float32)  # of the state that leaves the chunk
-        if FINAL:
-            dstate += load(dfinal_ptr + head.to(tl.int64) * P * N, 0, 0, P, N, N, BP, BN).to(tl.float32)
-
+    A = tl.load(A_ptr + b // sequences_per_A * H + h).to(tl.float32)
+    dstate = tl.zeros((BP, BN), dtype=tl.float32)
+    if FINAL:
+        dstate += load(dfinal_ptr + head.to(tl.int64) * P * N + column, 0, 0, P, N, width, BP, BN).to(tl.float32)
     for m in range(0, chunks):
         n = chunks - 1 - m
-        first = n * L
-        row = first + tl.arange(0, L)
+        store(dstates_ptr + (head.to(tl.int64) * chunks + n) * P * N + column, dstate, 0, P, N, width, BP, BN)
+        row = n * L + tl.arange(0, L)
         dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
-        x = load(x_ptr, first, 0, T, x_step, P, L, BP)
-        dy = load(dy_ptr, first, 0, T, dy_step, P, L, BP).to(low)
-        B = load(B_ptr, first, 0, T, B_step, N, L, BN).to(low)
-        C = load(C_ptr, first, 0, T, C_step, N, L, BN).to(low)
+        dy = load(dy_ptr, n * L, 0, T, dy_step, P, L, BP).to(tl.float32)
+        C = load(C_ptr, n * L, 0, T, C_step, width, L, BN).to(low)
         a = tl.maximum(dt * A, LOWEST)
-        upto = tl.cumsum(a, 0)
-        gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
-        decay = tl.exp(tl.where(i >= j, gap, float("-inf")))
-        dweighted = tl.dot(dy, tl.trans(x))  # of (weighted scores) dt
-        if SKIP:
-            dD += tl.sum(tl.sum(tl.where(i == j, dweighted, 0.0), 1), 0)
-        scores = tl.dot(C, tl.trans(B)) * decay
-        dscores = dweighted * decay * dt[None, :]
-        through = scores * dweighted  # per unit of dt_j
-        ddt = tl.sum(through, 0)
-        through = tl.where(i > j, through * dt[None, :], 0.0)
-        later = tl.sum(through, 1) - tl.sum(through, 0)  # counts for every step up to this one
-        dx = tl.dot(tl.trans((scores * dt[None, :]).to(low)), dy)
-        if SKIP:
-            dx += tl.load(D_ptr + of_head).to(tl.float32) * dy.to(tl.float32)
-        dC = tl.dot(dscores.to(low), B)
-        dB = tl.dot(tl.trans(dscores.to(low)), C)
-        if STATE:
-            total = tl.sum(a, 0)
-            state = load(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N, 0, 0, P, N, N, BP, BN)
-            entering = tl.exp(upto)
-            leaving = tl.exp(tl.minimum(total - upto, 0.0))
-            dC_state = tl.dot(dy, state.to(low)) * entering[:, None]
-            dC += dC_state
-            later += tl.sum(dC_state * C.to(tl.float32), 1)
-            dstate_low = dstate.to(low)
-            dB_state = tl.dot(x, dstate_low) * leaving[:, None]
-            earlier = tl.sum(dB_state * B.to(tl.float32), 1)  # times dt counts for every step after this one
-            dB += dB_state * dt[:, None]
-            ddt += earlier
-            dx += tl.dot(B, tl.trans(dstate_low)) * (leaving * dt)[:, None]
-            da = tl.sum(tl.where(i >= j, later[:, None], (earlier * dt)[:, None]), 0)
-            da += tl.exp(total) * tl.sum(tl.sum(state.to(tl.float32) * dstate, 1), 0)
-            faded = dy.to(tl.float32) * entering[:, None]
-            dstate = dstate * tl.exp(total) + tl.dot(tl.trans(faded.to(low)), C)
-        else:
-            da = tl.sum(tl.where(i >= j, later[:, None], 0.0), 0)
-        # Where nothing is kept there is no gradient, nor may rounding be one: dt can be huge.
-        da = tl.where(a > LOWEST, da, 0.0)
-        dA += tl.sum(da * dt, 0)
-        ddt += da * A
-        tl.store(ddt_ptr + row.to(tl.int64) * H, ddt.to(ddt_ptr.dtype.element_ty), mask=row < T)
-        store(dx_ptr, dx, first, T, H * P, P, L, BP)
-        store(dB_ptr, dB, first, T, H * N, N, L, BN)
-        store(dC_ptr, dC, first, T, H * N, N, L, BN)
-    tl.store(dA_ptr + head, dA)
-    if SKIP:
-        tl.store(dD_ptr + head, dD)
+        faded = dy * tl.exp(tl.cumsum(a, 0))[:, None]
+        dstate = dstate * tl.exp(tl.sum(a, 0)) + tl.dot(tl.trans(faded.to(low)), C)
     if INITIAL:
-        store(dinitial_ptr + head.to(tl.int64) * P * N, dstate, 0, P, N, N, BP, BN)
+        store(dinitial_ptr + head.to(tl.int64) * P * N + column, dstate, 0, P, N, width, BP, BN)
+
+
+@triton.jit
+def _ssd_backward_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, borders_ptr, dstates_ptr, dy_ptr,
+    dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr,
+    T, H, G, P, N, sequences_per_A, chunks,
+    x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, dy_batch, dy_step,
+    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
+):  # fmt: skip
+    low = x_ptr.dtype.element_ty
+    head = tl.program_id(0)
+    n = tl.program_id(1)
+    b = (head // H).to(tl.int64)
+    h = head % H
+    group = h // (H // G)
+    of_head = b // sequences_per_A * H + h
+    of_chunk = (b * chunks + n) * H + h
+    first = n * L
+    row = first + tl.arange(0, L)
+    i = tl.arange(0, L)[:, None]
+    j = tl.arange(0, L)[None, :]
+    A = tl.load(A_ptr + of_head).to(tl.float32)
+    dt = tl.load(dt_ptr + b * dt_batch + h + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
+    x = load(x_ptr + b * x_batch + h * P, first, 0, T, x_step, P, L, BP)
+    dy = load(dy_ptr + b * dy_batch + h * P, first, 0, T, dy_step, P, L, BP).to(low)
+    B = load(B_ptr + b * B_batch + group * N, first, 0, T, B_step, N, L, BN).to(low)
+    C = load(C_ptr + b * C_batch + group * N, first, 0, T, C_step, N, L, BN).to(low)
+    a = tl.maximum(dt * A, LOWEST)
+    upto = tl.cumsum(a, 0)
+    gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
+    decay = tl.exp(tl.where(i >= j, gap, float("-inf")))
+    dweighted = tl.dot(dy, tl.trans(x))  # of (weighted scores) dt
+    if SKIP:
+        tl.store(dD_ptr + of_chunk, tl.sum(tl.sum(tl.where(i == j, dweighted, 0.0), 1), 0))
+    scores = tl.dot(C, tl.trans(B)) * decay
+    through = scores * dweighted  # per unit of dt_j
+    ddt = tl.sum(through, 0)
+    through = tl.where(i > j, through * dt[None, :], 0.0)
+    later = tl.sum(through, 1) - tl.sum(through, 0)  # counts for every step up to this one
+    weighted = (scores * dt[None, :]).to(low)
+    dscores = (dweighted * decay * dt[None, :]).to(low)
+    # One gradient after another, each written before the next is begun: two of them would not fit in registers.
+    dx = tl.dot(tl.trans(weighted), dy)
+    if SKIP:
+        dx += tl.load(D_ptr + of_head).to(tl.float32) * dy.to(tl.float32)
+    if STATE:
+        total = tl.sum(a, 0)
+        at = (head.to(tl.int64) * chunks + n) * P * N
+        leaving = tl.exp(tl.minimum(total - upto, 0.0))
+        dstate = load(dstates_ptr + at, 0, 0, P, N, N, BP, BN)
+        dx += tl.dot(B, tl.trans(dstate)) * (leaving * dt)[:, None]
+    store(dx_ptr + (b * T * H + h) * P, dx, first, T, H * P, P, L, BP)
+    out = (b * T * H + h) * N
+    dB = tl.dot(tl.trans(dscores), C)
+    if STATE:
+        dB_state = tl.dot(x, dstate) * leaving[:, None]
+        earlier = tl.sum(dB_state * B.to(tl.float32), 1)  # times dt counts for every step after this one
+        ddt += earlier
+        dB += dB_state * dt[:, None]
+    store(dB_ptr + out, dB, first, T, H * N, N, L, BN)
+    dC = tl.dot(dscores, B)
+    if STATE:
+        state = load(borders_ptr + at, 0, 0, P, N, N, BP, BN)
+        dC_state = tl.dot(dy, state) * tl.exp(upto)[:, None]
+        later += tl.sum(dC_state * C.to(tl.float32), 1)
+        dC += dC_state
+    store(dC_ptr + out, dC, first, T, H * N, N, L, BN)
+    if STATE:
+        da = tl.sum(tl.where(i >= j, later[:, None], (earlier * dt)[:, None]), 0)
+        product = 0.0
+        for p in range(0, BP, 16):
+            some = load(borders_ptr + at, p, 0, P, N, N, 16, BN).to(tl.float32)
+            some *= load(dstates_ptr + at, p, 0, P, N, N, 16, BN).to(tl.float32)
+            product += tl.sum(tl.sum(some, 1), 0)
+        da += tl.exp(total) * product
+    else:
+        da = tl.sum(tl.where(i >= j, later[:, None], 0.0), 0)
+    # Where nothing is kept there is no gradient, nor may rounding be one: dt can be huge.
+    da = tl.where(a > LOWEST, da, 0.0)
+    tl.store(dA_ptr + of_chunk, tl.sum(da * dt, 0))
+    ddt += da * A
+    tl.store(ddt_ptr + (b * T + row) * H + h, ddt.to(ddt_ptr.dtype.element_ty), mask=row < T)
 
 
 def _border_shape(x: Tensor, N: int, stateful: bool, save: bool) -> tuple[int, ...]:
     batch, T, H, P = x.shape
-    chunk = choose(T, P, N, x.dtype, False).chunk
+    chunk = choose(T, P, N, x.dtype).chunk
     return (batch, H, (T + chunk - 1) // chunk, P, N) if save and (stateful or chunk < T) else (0,)
 
 
@@ -217,7 +237,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, T, H, P = x.shape
     G, N = B.shape[-2:]
-    launch = choose(T, P, N, x.dtype, backward=False)
+    launch = choose(T, P, N, x.dtype)
     chunks = triton.cdiv(T, launch.chunk)
     stateful = chunks > 1 or final or initial_state is not None
     y = x.new_empty(x.shape)
@@ -249,29 +269,33 @@ def _backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, borders: Tensor, dy: Tensor,
     dfinal: Tensor | None, initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients; dA and dD still by sequence [batch,H], dB and dC by head [batch,T,H,N]: see ``_autograd``."""
+    """The gradients; of A and D by chunk [batch,chunks,H], of B and C by head [batch,T,H,N]: see ``_autograd``."""
     batch, T, H, P = x.shape
     G, N = B.shape[-2:]
-    launch = choose(T, P, N, x.dtype, backward=True)
+    launch = choose(T, P, N, x.dtype)
+    chunks, rows, columns = triton.cdiv(T, launch.chunk), power_of_two(P), power_of_two(N)
     dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
-    dA, dD = (x.new_empty(batch, H, dtype=torch.float32) for _ in range(2))
+    dA, dD = (x.new_empty(batch, chunks, H, dtype=torch.float32) for _ in range(2))
     dB, dC = (t.new_empty(batch, T, H, N) for t in (B, C))
     dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
-    dfinal = None if dfinal is None else dfinal.contiguous()
-    x, dt, B, C, dy = (
-        with_dense_heads(x),
-        with_dense_rows(dt),
-        with_dense_heads(B),
-        with_dense_heads(C),
-        with_dense_heads(dy),
-    )
+    dstates = torch.empty_like(borders)
+    x, B, C, dy = (with_dense_heads(t) for t in (x, B, C, dy))
+    dt, A = with_dense_rows(dt), A.contiguous()
+    sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
-        _ssd_backward_kernel[(batch * H,)](
-            x, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), borders, dy, dfinal,
-            dx, ddt, dA, dB, dC, dD, dinitial,
-            T, H, G, P, N, batch // A.shape[0], triton.cdiv(T, launch.chunk), *strides(x, dt, B, C, dy),
-            L=launch.chunk, BP=power_of_two(P), BN=power_of_two(N), SKIP=D is not None, STATE=borders.numel() > 0,
-            INITIAL=initial, FINAL=dfinal is not None, num_warps=launch.num_warps, num_stages=1,
+        if borders.numel():
+            some = min(64, columns)
+            _ssd_dstates_kernel[batch * H, triton.cdiv(N, some)](
+                dt, A, C, dy, None if dfinal is None else dfinal.contiguous(), dstates, dinitial,
+                *sizes, *strides(dt, C, dy),
+                L=launch.chunk, BP=rows, BN=some, INITIAL=initial, FINAL=dfinal is not None,
+                num_warps=launch.num_warps, num_stages=1,
+            )  # fmt: skip
+        _ssd_backward_kernel[batch * H, chunks](
+            x, dt, A, B, C, None if D is None else D.contiguous(), borders, dstates, dy, dx, ddt, dA, dB, dC, dD,
+            *sizes, *strides(x, dt, B, C, dy),
+            L=launch.chunk, BP=rows, BN=columns, SKIP=D is not None, STATE=borders.numel() > 0,
+            num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
     return dx, ddt, dA, dB, dC, dD, dinitial
 
@@ -280,16 +304,11 @@ def _backward(
 def _(x, dt, A, B, C, D, borders, dy, dfinal, initial):
     batch, T, H, P = x.shape
     N = B.shape[-1]
+    chunk = choose(T, P, N, x.dtype).chunk
     dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
-    dA, dD = (x.new_empty(batch, H, dtype=torch.float32) for _ in range(2))
-    return (
-        x.new_empty(x.shape),
-        dt.new_empty(dt.shape),
-        dA,
-        *(t.new_empty(batch, T, H, N) for t in (B, C)),
-        dD,
-        dinitial,
-    )
+    dA, dD = (x.new_empty(batch, (T + chunk - 1) // chunk, H, dtype=torch.float32) for _ in range(2))
+    dB, dC = (t.new_empty(batch, T, H, N) for t in (B, C))
+    return x.new_empty(x.shape), dt.new_empty(dt.shape), dA, dB, dC, dD, dinitial
 
 
 def _setup_context(ctx, inputs, output):

@@ -56,6 +56,11 @@ def power_of_two(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def precision(*inputs: Tensor) -> str:
+    """Of products of tiles: TF32 holds the digits of half-precision inputs, three of them nearly those of float32."""
+    return "tf32x3" if any(x.dtype == torch.float32 for x in inputs) else "tf32"
+
+
 def check_dtypes(op: str, *tensors: Tensor) -> None:
     """Raises ``ValueError`` for inputs whose precision the kernels would lose, or that are no floating numbers."""
     for x in tensors:

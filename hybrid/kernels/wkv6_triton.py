@@ -10,9 +10,14 @@ and total = upto_C::
     o_i = (r_i exp(before_i)) S + sum_{j<i} A_ij v_j + (r_i . u k_i) v_i,  A_ij = sum_k r_ik k_jk exp(before_i - upto_j)
     S'  = exp(total) S + sum_j (k_j exp(total - upto_j))^T v_j
 
-Every exponent is at most zero and is formed as it stands, pair by pair, so no decay overflows. The gradient of w_t
-sums every term whose exponent holds w_t. Terms of neighbouring steps (i = j + 1) hold none, and are kept out of the
-sums that cancel; what is left has all been decayed, so strong decays keep their digits.
+Every exponent is at most zero and is formed as a sum, never as a difference of large sums, so no decay overflows. For
+A, a chunk is halved again and again. A pair of steps i > j is parted at one of these levels, i in a right half and j in
+the left one beside it; between them lie the steps before i in its half and those after j in its. So with d_i the decay
+of a step's own side, A_ij = (r_i d_i) . (k_j d_j): each level is one product of tiles. Pairs of neighbours, the last
+level, have nothing between them.
+
+The gradient of w_t sums every term whose exponent holds w_t, level by level, as products with ones and zeros. No term
+without w_t is in these sums, so what cancels has all been decayed, and strong decays keep their digits.
 
 Channels k do not mix except in o and dv: where K is large they are shared out over programs, and torch sums o and dv.
 """
@@ -27,9 +32,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import LOWEST, check_dtypes, load, power_of_two, store, strides, with_dense_heads
+from hybrid.kernels.tiles import LOWEST, check_dtypes, load, power_of_two, precision, store, strides, with_dense_heads
 
-CHUNK = 16  # steps; pairs of them are formed channel by channel, so more cost more
+CHUNK = 16  # steps: the smallest side of a tile product
+LEVELS = CHUNK.bit_length() - 2  # of halving a chunk, before pairs of neighbours are left
 _STATE = torch.float32
 
 
@@ -44,16 +50,39 @@ class Launch:
 
 
 def choose(B: int, T: int, H: int, K: int, V: int, backward: bool) -> Launch:
-    """A launch for a shape, as measured on an H100 with K=16, V=32."""
-    # The state and the pairs of steps have to fit in registers.
+    """A launch for a shape, as measured on an H100 with K=16, V=32 and K=24, V=48."""
+    # The state has to fit in registers.
     block_k = 16 if power_of_two(V) > 64 else min(32, power_of_two(K))
+    large = block_k * power_of_two(V) > 512
     chunks = triton.cdiv(T, CHUNK)
     # Few and short sequences leave a GPU idle: then several programs share one, each finding its own state.
     programs = B * H * triton.cdiv(K, block_k)
     shared = max(1, min(4, 1024 // programs)) if T <= 256 else 1
-    each = triton.cdiv(chunks, shared)
-    large = block_k * power_of_two(V) > 512
-    return Launch(each, block_k, 64, 8 if large else 1 if each == 1 else 2)
+    return Launch(triton.cdiv(chunks, shared), block_k, 64, 1 if not large else 4 if backward else 2)
+
+
+@triton.jit
+def _halves(HALF: tl.constexpr, C: tl.constexpr):
+    """The blocks of two halves that a chunk of ``C`` steps falls into.
+
+    Between a step of the right half and one of the left lie the steps before the one in its half and those after the
+    other in its: ``within`` [C,C] has a one where the decay of a step (column) counts for a step (row). ``pairs`` [C,C]
+    tells the steps of right halves (rows) and those of the left halves of the same blocks (columns).
+    """
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    block = i // (2 * HALF) == j // (2 * HALF)
+    right_i, right_j = i % (2 * HALF) >= HALF, j % (2 * HALF) >= HALF
+    within = block & ((right_i & right_j & (j < i)) | (~right_i & ~right_j & (j > i)))
+    return tl.where(within, 1.0, 0.0), block & right_i & ~right_j
+
+
+@triton.jit
+def _neighbours(C: tl.constexpr):
+    """The last level of halving: odd steps (rows) and the even ones before them (columns)."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return (i == j + 1) & (i % 2 == 1)
 
 
 @triton.jit
@@ -61,8 +90,8 @@ def _wkv6_forward_kernel(
     r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, initial_ptr, o_ptr, final_ptr, borders_ptr,
     T, H, K, V, sequences_per_u, chunks, chunks_per_program, o_part,
     r_batch, r_step, k_batch, k_step, v_batch, v_step, w_batch, w_step,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
-    INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
@@ -89,7 +118,7 @@ def _wkv6_forward_kernel(
         v = load(v_ptr, first, 0, start * C, v_step, V, AHEAD, BV).to(tl.float32)
         total = tl.sum(w, 0)
         faded = k * tl.exp(tl.minimum(total[None, :] - tl.cumsum(w, 0), 0.0))
-        state = state * tl.exp(total)[:, None] + tl.dot(tl.trans(faded), v, input_precision="tf32x3")
+        state = state * tl.exp(total)[:, None] + tl.dot(tl.trans(faded), v, input_precision=PRECISION)
 
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -105,15 +134,17 @@ def _wkv6_forward_kernel(
         upto = tl.cumsum(w, 0)
         before = upto - w
         total = tl.sum(w, 0)
-        gap = tl.minimum(before[:, None, :] - upto[None, :, :], 0.0)
-        decay = tl.exp(tl.where((i > j)[:, :, None], gap, float("-inf")))
-        decay = tl.where((i == j)[:, :, None], u[None, None, :], decay)
-        scores = tl.sum(r[:, None, :] * k[None, :, :] * decay, 2)
-        o = tl.dot(scores, v, input_precision="tf32x3")
-        o += tl.dot(r * tl.exp(before), state, input_precision="tf32x3")
+        scores = tl.where(i == j, tl.sum(r * u[None, :] * k, 1)[:, None], 0.0)
+        for level in tl.static_range(1, LEVELS + 1):
+            within, pairs = _halves(C >> level, C)
+            decay = tl.exp(tl.dot(within, w, input_precision="tf32x3"))
+            scores += tl.where(pairs, tl.dot(r * decay, tl.trans(k * decay), input_precision=PRECISION), 0.0)
+        scores += tl.where(_neighbours(C), tl.dot(r, tl.trans(k), input_precision=PRECISION), 0.0)
+        o = tl.dot(scores, v, input_precision=PRECISION)
+        o += tl.dot(r * tl.exp(before), state, input_precision=PRECISION)
         store(o_ptr, o, first, T, H * V, V, C, BV)
         faded = k * tl.exp(tl.minimum(total[None, :] - upto, 0.0))
-        state = state * tl.exp(total)[:, None] + tl.dot(tl.trans(faded), v, input_precision="tf32x3")
+        state = state * tl.exp(total)[:, None] + tl.dot(tl.trans(faded), v, input_precision=PRECISION)
     if FINAL and stop == chunks:
         store(final_ptr + state_at, state, 0, width, V, V, BK, BV)
 
@@ -124,8 +155,8 @@ def _wkv6_backward_kernel(
     dr_ptr, dk_ptr, dv_ptr, dw_ptr, du_ptr, dinitial_ptr,
     T, H, K, V, sequences_per_u, chunks, chunks_per_program, dv_part,
     r_batch, r_step, k_batch, k_step, v_batch, v_step, w_batch, w_step, do_batch, do_step,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
-    INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
@@ -156,7 +187,7 @@ def _wkv6_backward_kernel(
         w = tl.maximum(load(w_ptr, first, 0, T, w_step, width, AHEAD, BK).to(tl.float32), LOWEST)
         do = load(do_ptr, first, 0, T, do_step, V, AHEAD, BV).to(tl.float32)
         faded = r * tl.exp(tl.minimum(tl.cumsum(w, 0) - w, 0.0))
-        dstate = dstate * tl.exp(tl.sum(w, 0))[:, None] + tl.dot(tl.trans(faded), do, input_precision="tf32x3")
+        dstate = dstate * tl.exp(tl.sum(w, 0))[:, None] + tl.dot(tl.trans(faded), do, input_precision=PRECISION)
 
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -177,41 +208,44 @@ def _wkv6_backward_kernel(
         entering = tl.exp(tl.minimum(before, 0.0))
         leaving = tl.exp(tl.minimum(total[None, :] - upto, 0.0))
 
-        gap = tl.minimum(before[:, None, :] - upto[None, :, :], 0.0)
-        decay = tl.exp(tl.where((i > j)[:, :, None], gap, float("-inf")))
-        with_bonus = tl.where((i == j)[:, :, None], u[None, None, :], decay)
-        scores = tl.sum(r[:, None, :] * k[None, :, :] * with_bonus, 2)
-        dscores = tl.dot(do, tl.trans(v), input_precision="tf32x3")
-        distant = tl.where(i > j + 1, dscores, 0.0)[:, :, None] * decay
-        dr_distant = tl.sum(distant * k[None, :, :], 1)
-        dk_distant = tl.sum(distant * r[:, None, :], 0)
-        beside = tl.where(i == j + 1, dscores, 0.0)
-        k_previous = load(k_ptr, first - 1, first, T, k_step, width, C, BK).to(tl.float32)
-        r_next = load(r_ptr, first + 1, first, T, r_step, width, C, BK).to(tl.float32)
+        dscores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         own = tl.sum(tl.where(i == j, dscores, 0.0), 1)[:, None]
-
-        dr_state = tl.dot(do, tl.trans(state), input_precision="tf32x3") * entering
-        dk_state = tl.dot(v, tl.trans(dstate), input_precision="tf32x3") * leaving
-        dr = dr_state + dr_distant + tl.sum(beside, 1)[:, None] * k_previous + own * u[None, :] * k
-        dk = dk_state + dk_distant + tl.sum(beside, 0)[:, None] * r_next + own * u[None, :] * r
-        dv = tl.dot(tl.trans(scores), do, input_precision="tf32x3")
-        dv += tl.dot(k * leaving, dstate, input_precision="tf32x3")
+        dr_state = tl.dot(do, tl.trans(state), input_precision=PRECISION) * entering
+        dk_state = tl.dot(v, tl.trans(dstate), input_precision=PRECISION) * leaving
+        dr = dr_state + own * u[None, :] * k
+        dk = dk_state + own * u[None, :] * r
         du += tl.sum(own * r * k, 0)
-        # Axis 0 holds the steps that are summed, axis 1 those that get the sum. Sums rather than differences of running
-        # sums: taking a term off a running sum would leave its rounding behind.
-        through = tl.exp(total) * tl.sum(state * dstate, 1)
-        before_it = k * dk_state
-        from_it = -k * dk_distant
-        after_it = r * (dr_state + dr_distant) + from_it
-        across = tl.where((i < j)[:, :, None], before_it[:, None, :], from_it[:, None, :])
-        dw = tl.sum(tl.where((i > j)[:, :, None], after_it[:, None, :], across), 0)
+        # What later steps and what earlier steps give to each, as products with ones and zeros rather than differences
+        # of running sums: taking a term off a running sum would leave its rounding behind.
+        dw = tl.dot(tl.where(i < j, 1.0, 0.0), r * dr_state, input_precision=PRECISION)
+        dw += tl.dot(tl.where(i > j, 1.0, 0.0), k * dk_state, input_precision=PRECISION)
+        dw += (tl.exp(total) * tl.sum(state * dstate, 1))[None, :]
+        scores = tl.where(i == j, tl.sum(r * u[None, :] * k, 1)[:, None], 0.0)
+        for level in tl.static_range(1, LEVELS + 1):
+            within, pairs = _halves(C >> level, C)
+            decay = tl.exp(tl.dot(within, w, input_precision="tf32x3"))
+            r_decayed, k_decayed = r * decay, k * decay
+            scores += tl.where(pairs, tl.dot(r_decayed, tl.trans(k_decayed), input_precision=PRECISION), 0.0)
+            dpairs = tl.where(pairs, dscores, 0.0)
+            dr_level = tl.dot(dpairs, k_decayed, input_precision=PRECISION) * decay
+            dk_level = tl.dot(tl.trans(dpairs), r_decayed, input_precision=PRECISION) * decay
+            dr += dr_level
+            dk += dk_level
+            dw += tl.dot(tl.trans(within), r * dr_level + k * dk_level, input_precision=PRECISION)
+        neighbours = _neighbours(C)
+        scores += tl.where(neighbours, tl.dot(r, tl.trans(k), input_precision=PRECISION), 0.0)
+        dpairs = tl.where(neighbours, dscores, 0.0)
+        dr += tl.dot(dpairs, k, input_precision=PRECISION)
+        dk += tl.dot(tl.trans(dpairs), r, input_precision=PRECISION)
+        dv = tl.dot(tl.trans(scores), do, input_precision=PRECISION)
+        dv += tl.dot(k * leaving, dstate, input_precision=PRECISION)
         # Where nothing is kept there is no gradient, nor may rounding be one: the step's input can be huge.
-        dw = tl.where(w > LOWEST, dw + through[None, :], 0.0)
+        dw = tl.where(w > LOWEST, dw, 0.0)
         store(dr_ptr + out, dr, first, T, H * K, width, C, BK)
         store(dk_ptr + out, dk, first, T, H * K, width, C, BK)
         store(dw_ptr + out, dw, first, T, H * K, width, C, BK)
         store(dv_ptr, dv, first, T, H * V, V, C, BV)
-        dstate = dstate * tl.exp(total)[:, None] + tl.dot(tl.trans(r * entering), do, input_precision="tf32x3")
+        dstate = dstate * tl.exp(total)[:, None] + tl.dot(tl.trans(r * entering), do, input_precision=PRECISION)
 
     programs = tl.num_programs(1)
     tl.store(du_ptr + ((b * programs + tl.program_id(1)) * H + h) * K + k0 + channel, du, mask=channel < width)
@@ -235,8 +269,9 @@ def _forward(
         _wkv6_forward_kernel[B * H, triton.cdiv(chunks, launch.chunks_per_program), parts](
             r, k, v, w, u.contiguous(), initial_state, o, final_state, borders,
             T, H, K, V, B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V, *strides(r, k, v, w),
-            C=CHUNK, BK=launch.block_k, BV=power_of_two(V), AHEAD=launch.ahead,
-            INITIAL=initial_state is not None, FINAL=final, SAVE=save, num_warps=launch.num_warps, num_stages=1,
+            C=CHUNK, LEVELS=LEVELS, BK=launch.block_k, BV=power_of_two(V), AHEAD=launch.ahead,
+            PRECISION=precision(r, k, v), INITIAL=initial_state is not None, FINAL=final, SAVE=save,
+            num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
     return o if parts == 1 else o.sum(0).to(v.dtype), final_state, borders
 
@@ -271,8 +306,9 @@ def _backward(
         _wkv6_backward_kernel[B * H, programs, parts](
             r, k, v, w, u.contiguous(), borders, do, dfinal, dr, dk, dv, dw, du, dinitial,
             T, H, K, V, B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V, *strides(r, k, v, w, do),
-            C=CHUNK, BK=launch.block_k, BV=power_of_two(V), AHEAD=launch.ahead,
-            INITIAL=initial, FINAL=dfinal is not None, num_warps=launch.num_warps, num_stages=1,
+            C=CHUNK, LEVELS=LEVELS, BK=launch.block_k, BV=power_of_two(V), AHEAD=launch.ahead,
+            PRECISION=precision(r, k, v), INITIAL=initial, FINAL=dfinal is not None,
+            num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
     return dr, dk, dv if parts == 1 else dv.sum(0).to(v.dtype), dw, du, dinitial
 

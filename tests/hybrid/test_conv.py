@@ -68,18 +68,6 @@ def test_outputs_and_gradients(shape: tuple[int, ...], device: str, dtype: str, 
 
 
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
-@pytest.mark.parametrize("T", [33, 64, 100])
-def test_programs_of_many_steps(
-    T: int, device: str, dtype: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if device == "cuda" or INTERPRETED:
-        from hybrid.kernels import conv_triton
-
-        monkeypatch.setattr(conv_triton, "BUSY", 0)
-    check((2, T, 20, 4), device, dtype, tolerance)
-
-
-@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
 @pytest.mark.parametrize("form", ["transposed", "expanded"])
 def test_gradients_that_are_not_dense(form: str, device: str, dtype: str, tolerance: float) -> None:
     x, weight, bias, _ = inputs((2, 20, 12, 4), dtype, device)

@@ -1,0 +1,83 @@
+"""The Triton kernels in the shapes and types of training, compiled for an H100 without one.
+
+Triton's interpreter (``test_triton_interpreted.py``) runs Python: it takes what the compiler refuses, such as a name
+that changes its type in a loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from hybrid.kernels import adamw_triton, conv_triton, ddlerp_triton, ssd_triton, wkv6_triton  # noqa: E402
+
+H100 = GPUTarget("cuda", 90, 32)
+HALF = {"r", "k", "v", "o", "do", "dr", "dk", "dv", "x", "y", "dx", "dy", "B", "C", "dB", "dC", "dstates"}
+HALF |= {f"{name}{k}" for name in ("y", "dy") for k in range(5)}
+HALF |= {f"{name}{k}" for name in ("y", "dy") for k in range(5)}
+NUMBERS = {"weight_decay", "beta2", "log_beta1", "log_beta2", "one_minus_beta1", "one_minus_beta2", "eps", "max_norm"}
+NUMBERS |= {"norm_eps"}
+WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32"}
+SSD = {"L": 64, "BP": 64, "BN": 128}
+DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
+ALONE = {"INITIAL": False, "FINAL": False}
+WITH_STATE = {"INITIAL": True, "FINAL": True}
+CASES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
+    # kernel, constants, tensors that are absent
+    "wkv6 forward": (
+        wkv6_triton._wkv6_forward_kernel, {**WKV6, **ALONE, "SAVE": True}, {"initial", "final"}
+    ),
+    "wkv6 forward, states": (wkv6_triton._wkv6_forward_kernel, {**WKV6, **WITH_STATE, "SAVE": True}, set()),
+    "wkv6 backward": (wkv6_triton._wkv6_backward_kernel, {**WKV6, **ALONE}, {"dfinal", "dinitial"}),
+    "wkv6 backward, states": (wkv6_triton._wkv6_backward_kernel, {**WKV6, **WITH_STATE}, set()),
+    "wkv6 backward, float32": (
+        wkv6_triton._wkv6_backward_kernel, {**WKV6, **ALONE, "PRECISION": "tf32x3"}, {"dfinal", "dinitial"}
+    ),
+    "ssd forward, one chunk": (
+        ssd_triton._ssd_forward_kernel, {**SSD, **ALONE, "SKIP": True, "STATE": False, "SAVE": True},
+        {"initial", "final", "borders"},
+    ),
+    "ssd forward": (
+        ssd_triton._ssd_forward_kernel, {**SSD, **WITH_STATE, "SKIP": True, "STATE": True, "SAVE": True}, set()
+    ),
+    "ssd states": (ssd_triton._ssd_dstates_kernel, {**SSD, **WITH_STATE, "BN": 64}, set()),
+    "ssd backward, one chunk": (
+        ssd_triton._ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders", "dstates"}
+    ),
+    "ssd backward": (ssd_triton._ssd_backward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D", "dD"}),
+    "ddlerp forward": (ddlerp_triton._ddlerp_forward_kernel, DDLERP, set()),
+    "ddlerp backward": (ddlerp_triton._ddlerp_backward_kernel, DDLERP, set()),
+    "ddlerp sums": (ddlerp_triton._ddlerp_sums_kernel, DDLERP, set()),
+    "adamw squares": (adamw_triton._squares_kernel, {"BLOCK": 1024}, set()),
+    "adamw": (adamw_triton._adamw_kernel, {"BLOCK": 1024, "CLIP": True}, set()),
+    "conv forward": (conv_triton._conv_forward_kernel, {"STEPS": 16, "BC": 128}, set()),
+    "conv backward": (conv_triton._conv_backward_kernel, {"STEPS": 16, "BC": 128}, set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiles(case: str) -> None:
+    kernel, constants, absent = CASES[case]
+    op = case.split()[0]
+    half = HALF | {"ssd": {"borders"}, "ddlerp": {"low", "dlow", "weight"}}.get(op, set())
+    half -= {"ddlerp": {"x", "dx"}}.get(op, set())  # the residual stream
+    signature, constexprs = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        tensor = name.removesuffix("_ptr")
+        if name in constants or tensor in absent:
+            signature[name], constexprs[(index,)] = "constexpr", constants.get(name)
+        elif name.endswith("_ptr"):
+            # ssd keeps its states in the inputs' precision.
+            signature[name] = "*bf16" if tensor in half else "*fp32"
+        else:
+            signature[name] = "fp32" if name in NUMBERS else "i32"
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs), target=H100, options={"num_warps": 8 if op == "ddlerp" else 4}
+    )
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 227 * 1024  # bytes that a program can have on an H100
