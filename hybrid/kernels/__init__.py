@@ -3,10 +3,10 @@
 ``wkv6`` is RWKV-6 (Finch), ``ssd`` is Mamba-2. Backends:
 
 - ``torch``: chunked matrix products in plain PyTorch, any device, the default on CPU (``wkv6.py``, ``ssd.py``);
-- ``triton``: one kernel forward and one backward, for short sequences, CUDA (``wkv6_triton.py``, ``ssd_triton.py``);
+- ``triton``: one or two kernels forward and backward each, CUDA (``wkv6_triton.py``, ``ssd_triton.py``);
 - ``fla`` for ``wkv6``: the Triton kernels of flash-linear-attention, CUDA only (``wkv6_fla.py``);
 - ``mamba_ssm`` for ``ssd``: the Triton kernels of mamba_ssm, CUDA only (``ssd_mamba.py``);
-- ``triton+fla``, ``triton+mamba_ssm``: ``triton`` for calls of at most ``SHORT`` steps whose heads it can hold, the
+- ``triton+fla``, ``triton+mamba_ssm``: ``triton`` for calls of at most ``LONGEST`` steps whose heads it can hold, the
   other for the rest.
 
 ``auto`` is ``torch`` on CPU, and on CUDA the best of what is installed; ``resolve_backend`` says which, and every run
@@ -32,7 +32,7 @@ from hybrid.kernels.ssd import ssd_torch
 from hybrid.kernels.wkv6 import wkv6_torch
 
 CHUNKED = {"wkv6": "fla", "ssd": "mamba_ssm"}  # kernels for long sequences
-SHORT = {"wkv6": 512, "ssd": 512}  # steps of a call up to which the fused kernels are faster
+LONGEST = {"wkv6": 16384, "ssd": 16384}  # steps of a call up to which ``triton`` serves where there is a choice
 LARGEST_V = 128  # value channels of a head that the fused wkv6 kernels hold
 LARGEST_STATE = 64 * 256  # state channels of a head, P N, each rounded up to a power of two, for the fused ssd kernels
 LONGEST_FILTER = 4  # weights a channel of a convolution that its kernels hold
@@ -79,7 +79,7 @@ def serving_backend(op: str, backend: str, device_type: str, steps: int, fits: b
     """
     short, plus, long = resolve_backend(op, backend, device_type).partition("+")
     if plus:
-        return short if steps <= SHORT[op] and fits else long
+        return short if steps <= LONGEST[op] and fits else long
     if short == "triton" and not fits:
         raise ValueError(f"the heads of {op} are too large for its triton kernels; use torch or {CHUNKED[op]}")
     return short

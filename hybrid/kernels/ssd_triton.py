@@ -1,12 +1,13 @@
-"""The Mamba-2 recurrence as one Triton kernel forward and one backward (why: ``wkv6_triton.py``).
+"""The Mamba-2 recurrence as one or two Triton kernels each way (why: ``wkv6_triton.py``).
 
-A program walks the chunks of one head of one sequence. With h the state that enters a chunk, a_t = dt_t A,
+A program has one chunk of one head of one sequence. With h the state that enters it, a_t = dt_t A,
 upto_i = a_1 + ... + a_i and total = upto_L::
 
     y_i = sum_{j<=i} (C_i . B_j) exp(upto_i - upto_j) dt_j x_j + exp(upto_i) h C_i + D x_i
     h'  = exp(total) h + sum_j exp(total - upto_j) dt_j x_j B_j^T
 
-Where the sequence is one chunk and no state goes in or out, only the first sum is left. Products of tiles run in the
+Where the sequence is one chunk and no state goes in or out, only the first sum is left. Else a kernel before it walks
+the chunks for the states between them, or from the last to the first for their gradients. Products of tiles run in the
 inputs' precision (TF32 for float32) and add up in float32; exponents are float32 and at most zero. The gradient of a_t
 sums every term whose exponent holds it; the terms i = j hold none and are kept out of the sums that cancel. Gradients
 of B and C are written per head and summed over the heads of a group by torch.
@@ -34,6 +35,7 @@ from hybrid.kernels.tiles import (
 )
 
 _STATE = torch.float32
+_COLUMNS = 64  # of a state, at most, a program that walks the chunks
 
 
 @dataclass(frozen=True)
@@ -53,58 +55,73 @@ def choose(T: int, P: int, N: int, dtype: torch.dtype) -> Launch:
 
 
 @triton.jit
-def _ssd_forward_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, initial_ptr, y_ptr, final_ptr, borders_ptr,
-    T, H, G, P, N, sequences_per_A, chunks,
-    x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step,
-    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    SKIP: tl.constexpr, STATE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr,
+def _ssd_states_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, initial_ptr, borders_ptr, final_ptr,
+    T, H, G, P, N, sequences_per_A, chunks, x_batch, x_step, dt_batch, dt_step, B_batch, B_step,
+    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
+    """The state that enters each chunk, from the first to the last, for some of its columns."""
     low = x_ptr.dtype.element_ty
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
     h = head % H
-    group = h // (H // G)
+    column = tl.program_id(1) * BN
+    width = N - column
     x_ptr += b * x_batch + h * P
     dt_ptr += b * dt_batch + h
-    B_ptr += b * B_batch + group * N
-    C_ptr += b * C_batch + group * N
-    y_ptr += (b * T * H + h) * P
+    B_ptr += b * B_batch + h // (H // G) * N + column
+    A = tl.load(A_ptr + b // sequences_per_A * H + h).to(tl.float32)
+    state = tl.zeros((BP, BN), dtype=tl.float32)
+    if INITIAL:
+        state += load(initial_ptr + head.to(tl.int64) * P * N + column, 0, 0, P, N, width, BP, BN).to(tl.float32)
+    for n in range(0, chunks):
+        store(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N + column, state, 0, P, N, width, BP, BN)
+        row = n * L + tl.arange(0, L)
+        dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
+        x = load(x_ptr, n * L, 0, T, x_step, P, L, BP).to(tl.float32)
+        B = load(B_ptr, n * L, 0, T, B_step, width, L, BN).to(low)
+        a = tl.maximum(dt * A, LOWEST)
+        total = tl.sum(a, 0)
+        gained = x * (dt * tl.exp(tl.minimum(total - tl.cumsum(a, 0), 0.0)))[:, None]
+        state = state * tl.exp(total) + tl.dot(tl.trans(gained.to(low)), B)
+    if FINAL:
+        store(final_ptr + head.to(tl.int64) * P * N + column, state, 0, P, N, width, BP, BN)
+
+
+@triton.jit
+def _ssd_forward_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, borders_ptr, y_ptr,
+    T, H, G, P, N, sequences_per_A, chunks,
+    x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step,
+    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
+):  # fmt: skip
+    low = x_ptr.dtype.element_ty
+    head = tl.program_id(0)
+    n = tl.program_id(1)
+    b = (head // H).to(tl.int64)
+    h = head % H
+    group = h // (H // G)
     of_head = b // sequences_per_A * H + h
-    A = tl.load(A_ptr + of_head).to(tl.float32)
+    first = n * L
+    row = first + tl.arange(0, L)
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
+    A = tl.load(A_ptr + of_head).to(tl.float32)
+    dt = tl.load(dt_ptr + b * dt_batch + h + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
+    x = load(x_ptr + b * x_batch + h * P, first, 0, T, x_step, P, L, BP)
+    B = load(B_ptr + b * B_batch + group * N, first, 0, T, B_step, N, L, BN).to(low)
+    C = load(C_ptr + b * C_batch + group * N, first, 0, T, C_step, N, L, BN).to(low)
+    upto = tl.cumsum(tl.maximum(dt * A, LOWEST), 0)
+    gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
+    weight = tl.exp(tl.where(i >= j, gap, float("-inf"))) * dt[None, :]
+    scores = tl.dot(C, tl.trans(B)) * weight
+    y = tl.dot(scores.to(low), x)
+    if SKIP:
+        y += tl.load(D_ptr + of_head).to(tl.float32) * x.to(tl.float32)
     if STATE:
-        state = tl.zeros((BP, BN), dtype=tl.float32)
-        if INITIAL:
-            state += load(initial_ptr + head.to(tl.int64) * P * N, 0, 0, P, N, N, BP, BN).to(tl.float32)
-
-    for n in range(0, chunks):
-        first = n * L
-        row = first + tl.arange(0, L)
-        dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
-        x = load(x_ptr, first, 0, T, x_step, P, L, BP)
-        B = load(B_ptr, first, 0, T, B_step, N, L, BN).to(low)
-        C = load(C_ptr, first, 0, T, C_step, N, L, BN).to(low)
-        a = tl.maximum(dt * A, LOWEST)
-        upto = tl.cumsum(a, 0)
-        gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
-        weight = tl.exp(tl.where(i >= j, gap, float("-inf"))) * dt[None, :]
-        scores = tl.dot(C, tl.trans(B)) * weight
-        y = tl.dot(scores.to(low), x)
-        if SKIP:
-            y += tl.load(D_ptr + of_head).to(tl.float32) * x.to(tl.float32)
-        if STATE:
-            if SAVE:
-                at = (head.to(tl.int64) * chunks + n) * P * N
-                store(borders_ptr + at, state, 0, P, N, N, BP, BN)
-            y += tl.dot(C, tl.trans(state.to(low))) * tl.exp(upto)[:, None]
-            total = tl.sum(a, 0)
-            gained = x.to(tl.float32) * (dt * tl.exp(tl.minimum(total - upto, 0.0)))[:, None]
-            state = state * tl.exp(total) + tl.dot(tl.trans(gained.to(low)), B)
-        store(y_ptr, y, first, T, H * P, P, L, BP)
-    if FINAL:
-        store(final_ptr + head.to(tl.int64) * P * N, state, 0, P, N, N, BP, BN)
+        state = load(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N, 0, 0, P, N, N, BP, BN)
+        y += tl.dot(C, tl.trans(state)) * tl.exp(upto)[:, None]
+    store(y_ptr + (b * T * H + h) * P, y, first, T, H * P, P, L, BP)
 
 
 @triton.jit
@@ -224,44 +241,50 @@ def _ssd_backward_kernel(
     tl.store(ddt_ptr + (b * T + row) * H + h, ddt.to(ddt_ptr.dtype.element_ty), mask=row < T)
 
 
-def _border_shape(x: Tensor, N: int, stateful: bool, save: bool) -> tuple[int, ...]:
+def _border_shape(x: Tensor, N: int, stateful: bool) -> tuple[int, ...]:
     batch, T, H, P = x.shape
     chunk = choose(T, P, N, x.dtype).chunk
-    return (batch, H, (T + chunk - 1) // chunk, P, N) if save and (stateful or chunk < T) else (0,)
+    return (batch, H, (T + chunk - 1) // chunk, P, N) if stateful or chunk < T else (0,)
 
 
 @torch.library.custom_op("groundthink::ssd_triton", mutates_args=())
 def _forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None,
-    final: bool, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None, final: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the states that enter the chunks; of these two what there is no use for is empty."""
     batch, T, H, P = x.shape
     G, N = B.shape[-2:]
     launch = choose(T, P, N, x.dtype)
-    chunks = triton.cdiv(T, launch.chunk)
-    stateful = chunks > 1 or final or initial_state is not None
+    chunks, rows, columns = triton.cdiv(T, launch.chunk), power_of_two(P), power_of_two(N)
     y = x.new_empty(x.shape)
     final_state = x.new_empty((batch, H, P, N) if final else (0,), dtype=_STATE)
     # The products that read them take the inputs' precision anyway.
-    borders = x.new_empty(_border_shape(x, N, final or initial_state is not None, save))
-    x, dt, B, C = with_dense_heads(x), with_dense_rows(dt), with_dense_heads(B), with_dense_heads(C)
+    borders = x.new_empty(_border_shape(x, N, final or initial_state is not None))
+    x, B, C = (with_dense_heads(t) for t in (x, B, C))
+    dt, A = with_dense_rows(dt), A.contiguous()
+    sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
-        _ssd_forward_kernel[(batch * H,)](
-            x, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), initial_state, y, final_state, borders,
-            T, H, G, P, N, batch // A.shape[0], chunks, *strides(x, dt, B, C),
-            L=launch.chunk, BP=power_of_two(P), BN=power_of_two(N), SKIP=D is not None, STATE=stateful,
-            INITIAL=initial_state is not None, FINAL=final, SAVE=save, num_warps=launch.num_warps, num_stages=1,
+        if borders.numel():
+            some = min(_COLUMNS, columns)
+            _ssd_states_kernel[batch * H, triton.cdiv(N, some)](
+                x, dt, A, B, initial_state, borders, final_state, *sizes, *strides(x, dt, B),
+                L=launch.chunk, BP=rows, BN=some, INITIAL=initial_state is not None, FINAL=final,
+                num_warps=launch.num_warps,
+            )  # fmt: skip
+        _ssd_forward_kernel[batch * H, chunks](
+            x, dt, A, B, C, None if D is None else D.contiguous(), borders, y, *sizes, *strides(x, dt, B, C),
+            L=launch.chunk, BP=rows, BN=columns, SKIP=D is not None, STATE=borders.numel() > 0,
+            num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
     return y, final_state, borders
 
 
 @_forward.register_fake
-def _(x, dt, A, B, C, D, initial_state, final, save):
+def _(x, dt, A, B, C, D, initial_state, final):
     batch, _, H, P = x.shape
     N = B.shape[-1]
     final_state = x.new_empty((batch, H, P, N) if final else (0,), dtype=_STATE)
-    borders = x.new_empty(_border_shape(x, N, final or initial_state is not None, save))
-    return x.new_empty(x.shape), final_state, borders
+    return x.new_empty(x.shape), final_state, x.new_empty(_border_shape(x, N, final or initial_state is not None))
 
 
 @torch.library.custom_op("groundthink::ssd_triton_backward", mutates_args=())
@@ -284,12 +307,12 @@ def _backward(
     sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
         if borders.numel():
-            some = min(64, columns)
+            some = min(_COLUMNS, columns)
             _ssd_dstates_kernel[batch * H, triton.cdiv(N, some)](
                 dt, A, C, dy, None if dfinal is None else dfinal.contiguous(), dstates, dinitial,
                 *sizes, *strides(dt, C, dy),
                 L=launch.chunk, BP=rows, BN=some, INITIAL=initial, FINAL=dfinal is not None,
-                num_warps=launch.num_warps, num_stages=1,
+                num_warps=launch.num_warps,
             )  # fmt: skip
         _ssd_backward_kernel[batch * H, chunks](
             x, dt, A, B, C, None if D is None else D.contiguous(), borders, dstates, dy, dx, ddt, dA, dB, dC, dD,
@@ -312,7 +335,7 @@ def _(x, dt, A, B, C, D, borders, dy, dfinal, initial):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, final, _ = inputs
+    *tensors, initial_state, final = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.initial, ctx.final = initial_state is not None, final
 
@@ -330,7 +353,7 @@ def _autograd(ctx, dy, dfinal, _dborders):
         dB, dC = (t.unflatten(2, (G, H // G)).sum(3) for t in (dB, dC))
     dA = dA.view(A.shape[0], -1, H).sum(1).to(A.dtype)
     dD = None if D is None else dD.view(A.shape[0], -1, H).sum(1).to(D.dtype)
-    return dx, ddt, dA, dB, dC, dD, dinitial if ctx.initial else None, None, None
+    return dx, ddt, dA, dB, dC, dD, dinitial if ctx.initial else None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -347,5 +370,5 @@ def ssd_triton(
     initial_state = None if initial_state is None else initial_state.float().contiguous()
     # One set of decay rates and skips for the whole batch; stacked models (vmap) have several.
     D = None if D is None else D[None]
-    y, state, _ = _forward(x, dt, A[None], B, C, D, initial_state, output_final_state, torch.is_grad_enabled())
+    y, state, _ = _forward(x, dt, A[None], B, C, D, initial_state, output_final_state)
     return y, state if output_final_state else None

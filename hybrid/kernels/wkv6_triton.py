@@ -1,8 +1,9 @@
-"""The RWKV-6 recurrence as one Triton kernel forward and one backward.
+"""The RWKV-6 recurrence as one Triton kernel each way, two for long sequences.
 
 FLA's kernels split the work over a dozen launches, which cost more than the arithmetic for short sequences. Here a
-program walks the chunks of one head of one sequence with the state in registers; only inputs, outputs and the states
-at chunk borders, which the backward pass needs, touch memory.
+program walks chunks of one head of one sequence with the state in registers; only inputs, outputs and the states at
+chunk borders, which the backward pass needs, touch memory. Several programs share a sequence: of a short one each goes
+over what comes before its own chunks for the state alone, of a long one a kernel before it does so once for all.
 
 With S the state that enters a chunk, and of its log decays w: before_i = w_1 + ... + w_{i-1}, upto_j = w_1 + ... + w_j
 and total = upto_C::
@@ -36,17 +37,22 @@ from hybrid.kernels.tiles import LOWEST, check_dtypes, load, power_of_two, preci
 
 CHUNK = 16  # steps: the smallest side of a tile product
 LEVELS = CHUNK.bit_length() - 2  # of halving a chunk, before pairs of neighbours are left
+AHEAD = 64  # steps at once where only the state is wanted
 _STATE = torch.float32
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is cut: chunks a program, channels a program, steps at once outside these chunks, warps."""
+    """How a kernel is cut: chunks a program, channels a program, warps.
+
+    Programs find the state they start with each by itself or, with ``walk``, in what a kernel that walks the sequence
+    has left there.
+    """
 
     chunks_per_program: int
     block_k: int
-    ahead: int
     num_warps: int
+    walk: bool
 
 
 def choose(B: int, T: int, H: int, K: int, V: int, backward: bool) -> Launch:
@@ -54,11 +60,13 @@ def choose(B: int, T: int, H: int, K: int, V: int, backward: bool) -> Launch:
     # The state has to fit in registers.
     block_k = 16 if power_of_two(V) > 64 else min(32, power_of_two(K))
     large = block_k * power_of_two(V) > 512
-    chunks = triton.cdiv(T, CHUNK)
-    # Few and short sequences leave a GPU idle: then several programs share one, each finding its own state.
+    warps = 1 if not large else 4 if backward else 2
+    if T > 256:
+        return Launch(AHEAD // CHUNK, block_k, warps, walk=True)
+    # Few and short sequences leave a GPU idle: then several programs share one.
     programs = B * H * triton.cdiv(K, block_k)
-    shared = max(1, min(4, 1024 // programs)) if T <= 256 else 1
-    return Launch(triton.cdiv(chunks, shared), block_k, 64, 1 if not large else 4 if backward else 2)
+    shared = max(1, min(4, 1024 // programs))
+    return Launch(triton.cdiv(triton.cdiv(T, CHUNK), shared), block_k, warps, walk=False)
 
 
 @triton.jit
@@ -86,12 +94,84 @@ def _neighbours(C: tl.constexpr):
 
 
 @triton.jit
+def _past(state, k_ptr, v_ptr, w_ptr, first, stop, k_step, v_step, w_step, width, V, PRECISION: tl.constexpr,
+          STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+    """The state after the steps from ``first``, before ``stop``, given the one before them."""
+    k = load(k_ptr, first, 0, stop, k_step, width, STEPS, BK).to(tl.float32)
+    w = tl.maximum(load(w_ptr, first, 0, stop, w_step, width, STEPS, BK).to(tl.float32), LOWEST)
+    v = load(v_ptr, first, 0, stop, v_step, V, STEPS, BV).to(tl.float32)
+    total = tl.sum(w, 0)
+    faded = k * tl.exp(tl.minimum(total[None, :] - tl.cumsum(w, 0), 0.0))
+    return state * tl.exp(total)[:, None] + tl.dot(tl.trans(faded), v, input_precision=PRECISION)
+
+
+@triton.jit
+def _future(dstate, r_ptr, do_ptr, w_ptr, first, T, r_step, do_step, w_step, width, V, PRECISION: tl.constexpr,
+            STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+    """The gradient of the state before the steps from ``first``, given that of the state after them."""
+    r = load(r_ptr, first, 0, T, r_step, width, STEPS, BK).to(tl.float32)
+    w = tl.maximum(load(w_ptr, first, 0, T, w_step, width, STEPS, BK).to(tl.float32), LOWEST)
+    do = load(do_ptr, first, 0, T, do_step, V, STEPS, BV).to(tl.float32)
+    faded = r * tl.exp(tl.minimum(tl.cumsum(w, 0) - w, 0.0))
+    return dstate * tl.exp(tl.sum(w, 0))[:, None] + tl.dot(tl.trans(faded), do, input_precision=PRECISION)
+
+
+@triton.jit
+def _wkv6_past_kernel(
+    k_ptr, v_ptr, w_ptr, initial_ptr, starts_ptr, T, H, K, V, programs,
+    k_batch, k_step, v_batch, v_step, w_batch, w_step,
+    PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr,
+):  # fmt: skip
+    """The states with which programs of ``STEPS`` steps start, from the first to the last."""
+    head = tl.program_id(0)
+    b = (head // H).to(tl.int64)
+    h = head % H
+    k0 = tl.program_id(1) * BK
+    width = K - k0
+    k_ptr += b * k_batch + h * K + k0
+    w_ptr += b * w_batch + h * K + k0
+    v_ptr += b * v_batch + h * V
+    state = tl.zeros((BK, BV), dtype=tl.float32)
+    if INITIAL:
+        state += load(initial_ptr + head.to(tl.int64) * K * V + k0 * V, 0, 0, width, V, V, BK, BV).to(tl.float32)
+    for n in range(0, programs):
+        store(starts_ptr + (head.to(tl.int64) * programs + n) * K * V + k0 * V, state, 0, width, V, V, BK, BV)
+        state = _past(state, k_ptr, v_ptr, w_ptr, n * STEPS, T, k_step, v_step, w_step, width, V, PRECISION,
+                      STEPS, BK, BV)  # fmt: skip
+
+
+@triton.jit
+def _wkv6_future_kernel(
+    r_ptr, w_ptr, do_ptr, dfinal_ptr, ends_ptr, T, H, K, V, programs,
+    r_batch, r_step, w_batch, w_step, do_batch, do_step,
+    PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FINAL: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the states with which programs of ``STEPS`` steps end, from the last to the first."""
+    head = tl.program_id(0)
+    b = (head // H).to(tl.int64)
+    h = head % H
+    k0 = tl.program_id(1) * BK
+    width = K - k0
+    r_ptr += b * r_batch + h * K + k0
+    w_ptr += b * w_batch + h * K + k0
+    do_ptr += b * do_batch + h * V
+    dstate = tl.zeros((BK, BV), dtype=tl.float32)
+    if FINAL:
+        dstate += load(dfinal_ptr + head.to(tl.int64) * K * V + k0 * V, 0, 0, width, V, V, BK, BV).to(tl.float32)
+    for m in range(0, programs):
+        n = programs - 1 - m
+        store(ends_ptr + (head.to(tl.int64) * programs + n) * K * V + k0 * V, dstate, 0, width, V, V, BK, BV)
+        dstate = _future(dstate, r_ptr, do_ptr, w_ptr, n * STEPS, T, r_step, do_step, w_step, width, V, PRECISION,
+                         STEPS, BK, BV)  # fmt: skip
+
+
+@triton.jit
 def _wkv6_forward_kernel(
-    r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, initial_ptr, o_ptr, final_ptr, borders_ptr,
+    r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, initial_ptr, starts_ptr, o_ptr, final_ptr, borders_ptr,
     T, H, K, V, sequences_per_u, chunks, chunks_per_program, o_part,
     r_batch, r_step, k_batch, k_step, v_batch, v_step, w_batch, w_step,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
@@ -109,16 +189,16 @@ def _wkv6_forward_kernel(
 
     start = tl.program_id(1) * chunks_per_program
     stop = tl.minimum(start + chunks_per_program, chunks)
-    state = tl.zeros((BK, BV), dtype=tl.float32)
-    if INITIAL:
-        state += load(initial_ptr + state_at, 0, 0, width, V, V, BK, BV).to(tl.float32)
-    for first in range(0, start * C, AHEAD):  # what came before this program's chunks
-        k = load(k_ptr, first, 0, start * C, k_step, width, AHEAD, BK).to(tl.float32)
-        w = tl.maximum(load(w_ptr, first, 0, start * C, w_step, width, AHEAD, BK).to(tl.float32), LOWEST)
-        v = load(v_ptr, first, 0, start * C, v_step, V, AHEAD, BV).to(tl.float32)
-        total = tl.sum(w, 0)
-        faded = k * tl.exp(tl.minimum(total[None, :] - tl.cumsum(w, 0), 0.0))
-        state = state * tl.exp(total)[:, None] + tl.dot(tl.trans(faded), v, input_precision=PRECISION)
+    if WALK:
+        at = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * K * V + k0 * V
+        state = load(starts_ptr + at, 0, 0, width, V, V, BK, BV)
+    else:
+        state = tl.zeros((BK, BV), dtype=tl.float32)
+        if INITIAL:
+            state += load(initial_ptr + state_at, 0, 0, width, V, V, BK, BV).to(tl.float32)
+        for first in range(0, start * C, AHEAD):  # what came before this program's chunks
+            state = _past(state, k_ptr, v_ptr, w_ptr, first, start * C, k_step, v_step, w_step, width, V, PRECISION,
+                          AHEAD, BK, BV)  # fmt: skip
 
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -151,12 +231,12 @@ def _wkv6_forward_kernel(
 
 @triton.jit
 def _wkv6_backward_kernel(
-    r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, borders_ptr, do_ptr, dfinal_ptr,
+    r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, borders_ptr, do_ptr, dfinal_ptr, ends_ptr,
     dr_ptr, dk_ptr, dv_ptr, dw_ptr, du_ptr, dinitial_ptr,
     T, H, K, V, sequences_per_u, chunks, chunks_per_program, dv_part,
     r_batch, r_step, k_batch, k_step, v_batch, v_step, w_batch, w_step, do_batch, do_step,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
@@ -177,17 +257,18 @@ def _wkv6_backward_kernel(
 
     start = tl.program_id(1) * chunks_per_program
     stop = tl.minimum(start + chunks_per_program, chunks)
-    dstate = tl.zeros((BK, BV), dtype=tl.float32)  # of the state that leaves the chunk
-    if FINAL:
-        dstate += load(dfinal_ptr + state_at, 0, 0, width, V, V, BK, BV).to(tl.float32)
-    blocks = tl.cdiv(tl.maximum(T - stop * C, 0), AHEAD)
-    for m in range(0, blocks):  # what comes after this program's chunks, from the end
-        first = stop * C + (blocks - 1 - m) * AHEAD
-        r = load(r_ptr, first, 0, T, r_step, width, AHEAD, BK).to(tl.float32)
-        w = tl.maximum(load(w_ptr, first, 0, T, w_step, width, AHEAD, BK).to(tl.float32), LOWEST)
-        do = load(do_ptr, first, 0, T, do_step, V, AHEAD, BV).to(tl.float32)
-        faded = r * tl.exp(tl.minimum(tl.cumsum(w, 0) - w, 0.0))
-        dstate = dstate * tl.exp(tl.sum(w, 0))[:, None] + tl.dot(tl.trans(faded), do, input_precision=PRECISION)
+    if WALK:  # dstate is the gradient of the state that leaves the chunk
+        at = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * K * V + k0 * V
+        dstate = load(ends_ptr + at, 0, 0, width, V, V, BK, BV)
+    else:
+        dstate = tl.zeros((BK, BV), dtype=tl.float32)
+        if FINAL:
+            dstate += load(dfinal_ptr + state_at, 0, 0, width, V, V, BK, BV).to(tl.float32)
+        blocks = tl.cdiv(tl.maximum(T - stop * C, 0), AHEAD)
+        for m in range(0, blocks):  # what comes after this program's chunks, from the end
+            first = stop * C + (blocks - 1 - m) * AHEAD
+            dstate = _future(dstate, r_ptr, do_ptr, w_ptr, first, T, r_step, do_step, w_step, width, V, PRECISION,
+                             AHEAD, BK, BV)  # fmt: skip
 
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -261,17 +342,24 @@ def _forward(
     V = v.shape[-1]
     launch = choose(B, T, H, K, V, backward=False)
     chunks, parts = triton.cdiv(T, CHUNK), triton.cdiv(K, launch.block_k)
+    programs = triton.cdiv(chunks, launch.chunks_per_program)
     o = v.new_empty(v.shape) if parts == 1 else v.new_empty(parts, *v.shape, dtype=torch.float32)
     final_state = v.new_empty((B, H, K, V) if final else (0,), dtype=_STATE)
     borders = v.new_empty((B, H, chunks, K, V) if save else (0,), dtype=_STATE)
     r, k, v, w = (with_dense_heads(x) for x in (r, k, v, w))
+    starts = v.new_empty(B, H, programs, K, V, dtype=_STATE) if launch.walk else None
+    tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
-        _wkv6_forward_kernel[B * H, triton.cdiv(chunks, launch.chunks_per_program), parts](
-            r, k, v, w, u.contiguous(), initial_state, o, final_state, borders,
+        if launch.walk:
+            _wkv6_past_kernel[B * H, parts](
+                k, v, w, initial_state, starts, T, H, K, V, programs, *strides(k, v, w),
+                **tiles, STEPS=launch.chunks_per_program * CHUNK, INITIAL=initial_state is not None, num_warps=2,
+            )  # fmt: skip
+        _wkv6_forward_kernel[B * H, programs, parts](
+            r, k, v, w, u.contiguous(), initial_state, starts, o, final_state, borders,
             T, H, K, V, B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V, *strides(r, k, v, w),
-            C=CHUNK, LEVELS=LEVELS, BK=launch.block_k, BV=power_of_two(V), AHEAD=launch.ahead,
-            PRECISION=precision(r, k, v), INITIAL=initial_state is not None, FINAL=final, SAVE=save,
-            num_warps=launch.num_warps, num_stages=1,
+            **tiles, C=CHUNK, LEVELS=LEVELS, AHEAD=AHEAD, INITIAL=initial_state is not None, FINAL=final, SAVE=save,
+            WALK=launch.walk, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
     return o if parts == 1 else o.sum(0).to(v.dtype), final_state, borders
 
@@ -302,13 +390,19 @@ def _backward(
     dinitial = v.new_empty((B, H, K, V) if initial else (0,), dtype=_STATE)
     dfinal = None if dfinal is None else dfinal.contiguous()
     r, k, v, w, do = (with_dense_heads(x) for x in (r, k, v, w, do))
+    ends = v.new_empty(B, H, programs, K, V, dtype=_STATE) if launch.walk else None
+    tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
+        if launch.walk:
+            _wkv6_future_kernel[B * H, parts](
+                r, w, do, dfinal, ends, T, H, K, V, programs, *strides(r, w, do),
+                **tiles, STEPS=launch.chunks_per_program * CHUNK, FINAL=dfinal is not None, num_warps=2,
+            )  # fmt: skip
         _wkv6_backward_kernel[B * H, programs, parts](
-            r, k, v, w, u.contiguous(), borders, do, dfinal, dr, dk, dv, dw, du, dinitial,
+            r, k, v, w, u.contiguous(), borders, do, dfinal, ends, dr, dk, dv, dw, du, dinitial,
             T, H, K, V, B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V, *strides(r, k, v, w, do),
-            C=CHUNK, LEVELS=LEVELS, BK=launch.block_k, BV=power_of_two(V), AHEAD=launch.ahead,
-            PRECISION=precision(r, k, v), INITIAL=initial, FINAL=dfinal is not None,
-            num_warps=launch.num_warps, num_stages=1,
+            **tiles, C=CHUNK, LEVELS=LEVELS, AHEAD=AHEAD, INITIAL=initial, FINAL=dfinal is not None,
+            WALK=launch.walk, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
     return dr, dk, dv if parts == 1 else dv.sum(0).to(v.dtype), dw, du, dinitial
 

@@ -221,7 +221,7 @@ def test_which_backend_serves(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(kernels, "_INSTALLED", {n: n in installed for n in ("triton", "fla", "mamba_ssm")})
             assert kernels.resolve_backend(op, "auto", "cuda") == name
             assert kernels.resolve_backend(op, name, "cuda") == name  # what was recorded can be asked for again
-            limit = kernels.SHORT[op]
+            limit = kernels.LONGEST[op]
             assert kernels.serving_backend(op, "auto", "cuda", limit) == short
             assert kernels.serving_backend(op, "auto", "cuda", limit + 1) == long
             assert kernels.serving_backend(op, "auto", "cpu", 1) == "torch"

@@ -22,34 +22,33 @@ HALF |= {f"{name}{k}" for name in ("y", "dy") for k in range(5)}
 HALF |= {f"{name}{k}" for name in ("y", "dy") for k in range(5)}
 NUMBERS = {"weight_decay", "beta2", "log_beta1", "log_beta2", "one_minus_beta1", "one_minus_beta2", "eps", "max_norm"}
 NUMBERS |= {"norm_eps"}
-WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32"}
+WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32", "WALK": False}
 SSD = {"L": 64, "BP": 64, "BN": 128}
 DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
+WALK = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32}
 ALONE = {"INITIAL": False, "FINAL": False}
 WITH_STATE = {"INITIAL": True, "FINAL": True}
 CASES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     # kernel, constants, tensors that are absent
-    "wkv6 forward": (
-        wkv6_triton._wkv6_forward_kernel, {**WKV6, **ALONE, "SAVE": True}, {"initial", "final"}
+    "wkv6 forward": (wkv6_triton._wkv6_forward_kernel, {**WKV6, **ALONE, "SAVE": True}, {"initial", "starts", "final"}),
+    "wkv6 forward, walk": (
+        wkv6_triton._wkv6_forward_kernel, {**WKV6, **WITH_STATE, "SAVE": True, "WALK": True}, set()
     ),
-    "wkv6 forward, states": (wkv6_triton._wkv6_forward_kernel, {**WKV6, **WITH_STATE, "SAVE": True}, set()),
-    "wkv6 backward": (wkv6_triton._wkv6_backward_kernel, {**WKV6, **ALONE}, {"dfinal", "dinitial"}),
-    "wkv6 backward, states": (wkv6_triton._wkv6_backward_kernel, {**WKV6, **WITH_STATE}, set()),
+    "wkv6 past": (wkv6_triton._wkv6_past_kernel, {**WALK, "INITIAL": True}, set()),
+    "wkv6 backward": (wkv6_triton._wkv6_backward_kernel, {**WKV6, **ALONE}, {"dfinal", "ends", "dinitial"}),
+    "wkv6 backward, walk": (wkv6_triton._wkv6_backward_kernel, {**WKV6, **WITH_STATE, "WALK": True}, set()),
     "wkv6 backward, float32": (
-        wkv6_triton._wkv6_backward_kernel, {**WKV6, **ALONE, "PRECISION": "tf32x3"}, {"dfinal", "dinitial"}
+        wkv6_triton._wkv6_backward_kernel, {**WKV6, **WITH_STATE, "PRECISION": "tf32x3"}, {"ends"}
     ),
-    "ssd forward, one chunk": (
-        ssd_triton._ssd_forward_kernel, {**SSD, **ALONE, "SKIP": True, "STATE": False, "SAVE": True},
-        {"initial", "final", "borders"},
-    ),
-    "ssd forward": (
-        ssd_triton._ssd_forward_kernel, {**SSD, **WITH_STATE, "SKIP": True, "STATE": True, "SAVE": True}, set()
-    ),
-    "ssd states": (ssd_triton._ssd_dstates_kernel, {**SSD, **WITH_STATE, "BN": 64}, set()),
+    "wkv6 future": (wkv6_triton._wkv6_future_kernel, {**WALK, "FINAL": True}, set()),
+    "ssd forward, one chunk": (ssd_triton._ssd_forward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders"}),
+    "ssd forward": (ssd_triton._ssd_forward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D"}),
+    "ssd states": (ssd_triton._ssd_states_kernel, {**SSD, **WITH_STATE, "BN": 64}, set()),
     "ssd backward, one chunk": (
         ssd_triton._ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders", "dstates"}
     ),
     "ssd backward": (ssd_triton._ssd_backward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D", "dD"}),
+    "ssd gradients of states": (ssd_triton._ssd_dstates_kernel, {**SSD, **WITH_STATE, "BN": 64}, set()),
     "ddlerp forward": (ddlerp_triton._ddlerp_forward_kernel, DDLERP, set()),
     "ddlerp backward": (ddlerp_triton._ddlerp_backward_kernel, DDLERP, set()),
     "ddlerp sums": (ddlerp_triton._ddlerp_sums_kernel, DDLERP, set()),

@@ -95,13 +95,17 @@ def test_a_step_that_forgets_all(op: str) -> None:
         assert not exact["w"].grad[:, 5].any() and not inputs["w"].grad[:, 5].any()
 
 
-def test_one_program_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sharing a sequence out over programs changes nothing but rounding."""
-    inputs = wkv6_inputs((1, 150, 1, 16, 16, (-0.3, -0.001), True), torch.Generator().manual_seed(3))
-    launch = wkv6_triton.choose(1, 150, 1, 16, 16, backward=False)
-    assert launch.chunks_per_program < 10  # else the other tests have one program as well
-    whole = dataclasses.replace(launch, chunks_per_program=10)
-    monkeypatch.setattr(wkv6_triton, "choose", lambda *_, **__: whole)
+@pytest.mark.parametrize("way", ["one program", "walk"])
+def test_how_sequences_are_shared_out(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sharing a sequence out over programs, and how they find their states, changes nothing but rounding."""
+    inputs = wkv6_inputs((1, 150, 1, 40, 16, (-0.3, -0.001), True), torch.Generator().manual_seed(3))
+    launch = wkv6_triton.choose(1, 150, 1, 40, 16, backward=False)
+    assert launch.chunks_per_program < 10 and not launch.walk  # else the other tests have this way as well
+    if way == "one program":
+        other = dataclasses.replace(launch, chunks_per_program=10)
+    else:
+        other = dataclasses.replace(launch, chunks_per_program=4, walk=True)
+    monkeypatch.setattr(wkv6_triton, "choose", lambda *_, **__: other)
     errors, _ = compare(fused("wkv6"), wkv6_reference, inputs, "cpu", "float32", {"r", "k", "v"})
     assert max(errors.values()) <= TOLERANCE["float32"], errors
 
@@ -211,13 +215,13 @@ def test_operators_keep_their_promises(op: str) -> None:
     made = OPS[op][2]((1, 3, *SMALL[op][2:]), torch.Generator().manual_seed(8))
     inputs = {name: x.float().requires_grad_() for name, x in made.items()}
     inputs |= {name: inputs[name].detach()[None].requires_grad_() for name in ("u", "A", "D") if name in inputs}
-    module = wkv6_triton if op == "wkv6" else ssd_triton
+    module, save = (wkv6_triton, [True]) if op == "wkv6" else (ssd_triton, [])
     for final, state in ((True, True), (False, False)):
         args = [x if state or name != "initial_state" else None for name, x in inputs.items()]
-        torch.library.opcheck(module._forward, (*args, final, True))
+        torch.library.opcheck(module._forward, (*args, final, *save))
     detached = {name: x.detach() for name, x in inputs.items()}
     initial = detached.pop("initial_state")
-    out, last, borders = module._forward(*detached.values(), initial, True, True)
+    out, last, borders = module._forward(*detached.values(), initial, True, *save)
     named = detached | {"borders": borders, "initial": True}
     named |= {"do": torch.ones_like(out), "dfinal": last, "dy": torch.ones_like(out)}
     order = [name for name in inspect.signature(module._backward._init_fn).parameters]
