@@ -42,6 +42,7 @@ class RWKV6(RWKV6Attention):
         pairs = (self.x_proj[0].linear, self.x_proj[2], decay[0], decay[2])
         for parameter in (self.x_bias, self.bonus, *(layer.weight for layer in pairs)):
             parameter._no_weight_decay = True
+        self.x_proj[2].weight._read_by_rows = True  # never a linear layer: ``ddlerp`` takes it row by row
         self.backend = kernels.wkv6
         self.observer: Callable[[dict[str, Tensor]], None] | None = None  # called with the recurrence's inputs
 

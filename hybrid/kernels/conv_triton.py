@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hybrid.kernels import LONGEST_FILTER
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import check_dtypes, strides, with_dense_rows
+from hybrid.kernels.tiles import check_dtypes, strides, with_dense_models, with_dense_rows
 
 CHANNELS, WARPS = 128, 2  # of a program: two channels a thread, loads of 4 bytes in bfloat16
 STEPS = 16  # of a program, without a branch between them, so that their loads are under way together
@@ -29,18 +29,17 @@ def _at(pointer, t, T, stride, here):
 
 
 @triton.jit
-def _filter(weight_ptr, bias_ptr, C, sequences_per_model, BC: tl.constexpr):
-    """The sequence and the channels of this program, which of them are there, and their weights and biases."""
-    b = tl.program_id(0).to(tl.int64)
+def _filter(weight_ptr, bias_ptr, C, BC: tl.constexpr):
+    """The channels of this program, which of them are there, and their weights and biases."""
     channel = tl.program_id(2) * BC + tl.arange(0, BC)
     here = channel < C
-    own = b // sequences_per_model * C + channel
-    w0 = tl.load(weight_ptr + own * 4, mask=here, other=0.0).to(tl.float32)
-    w1 = tl.load(weight_ptr + own * 4 + 1, mask=here, other=0.0).to(tl.float32)
-    w2 = tl.load(weight_ptr + own * 4 + 2, mask=here, other=0.0).to(tl.float32)
-    w3 = tl.load(weight_ptr + own * 4 + 3, mask=here, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + own, mask=here, other=0.0).to(tl.float32)
-    return b, channel, here, w0, w1, w2, w3, bias
+    weight_ptr += channel * 4
+    w0 = tl.load(weight_ptr, mask=here, other=0.0).to(tl.float32)
+    w1 = tl.load(weight_ptr + 1, mask=here, other=0.0).to(tl.float32)
+    w2 = tl.load(weight_ptr + 2, mask=here, other=0.0).to(tl.float32)
+    w3 = tl.load(weight_ptr + 3, mask=here, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=here, other=0.0).to(tl.float32)
+    return channel, here, w0, w1, w2, w3, bias
 
 
 @triton.jit
@@ -52,10 +51,14 @@ def _gradient(dy, u):
 
 @triton.jit
 def _conv_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, T, C, sequences_per_model, x_batch, x_step,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, T, C, weight_model, bias_model, sequences_per_model, x_batch, x_step,
     STEPS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    b, channel, here, w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, C, sequences_per_model, BC)
+    b = tl.program_id(0).to(tl.int64)
+    model = b // sequences_per_model
+    channel, here, w0, w1, w2, w3, bias = _filter(
+        weight_ptr + model * weight_model, bias_ptr + model * bias_model, C, BC
+    )
     x_ptr += b * x_batch + channel
     y_ptr += b * T * C + channel
     start = tl.program_id(1).to(tl.int64) * STEPS
@@ -73,10 +76,14 @@ def _conv_forward_kernel(
 @triton.jit
 def _conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, sums_ptr,
-    T, C, sequences_per_model, x_batch, x_step, dy_batch, dy_step,
+    T, C, weight_model, bias_model, sequences_per_model, x_batch, x_step, dy_batch, dy_step,
     STEPS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    b, channel, here, w0, w1, w2, w3, bias = _filter(weight_ptr, bias_ptr, C, sequences_per_model, BC)
+    b = tl.program_id(0).to(tl.int64)
+    model = b // sequences_per_model
+    channel, here, w0, w1, w2, w3, bias = _filter(
+        weight_ptr + model * weight_model, bias_ptr + model * bias_model, C, BC
+    )
     x_ptr += b * x_batch + channel
     dy_ptr += b * dy_batch + channel
     dx_ptr += b * T * C + channel
@@ -126,10 +133,10 @@ def _conv_backward_kernel(
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     B, T, C = x.shape
     y = x.new_empty(x.shape)
-    x = with_dense_rows(x)
+    x, weight, bias = with_dense_rows(x), with_dense_models(weight), with_dense_models(bias)
     with torch.cuda.device_of(x):
         _conv_forward_kernel[B, triton.cdiv(T, STEPS), triton.cdiv(C, CHANNELS)](
-            x, weight.contiguous(), bias.contiguous(), y, T, C, B // weight.shape[0], *strides(x),
+            x, weight, bias, y, T, C, weight.stride(0), bias.stride(0), B // weight.shape[0], *strides(x),
             STEPS=STEPS, BC=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     return y
@@ -147,10 +154,11 @@ def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tens
     programs = triton.cdiv(T, STEPS)
     dx, sums = x.new_empty(x.shape), x.new_empty(B, programs, LONGEST_FILTER + 1, C, dtype=torch.float32)
     x, dy = with_dense_rows(x), with_dense_rows(dy)
+    weight, bias = with_dense_models(weight), with_dense_models(bias)
     with torch.cuda.device_of(x):
         _conv_backward_kernel[B, programs, triton.cdiv(C, CHANNELS)](
-            x, weight.contiguous(), bias.contiguous(), dy, dx, sums,
-            T, C, B // weight.shape[0], *strides(x, dy),
+            x, weight, bias, dy, dx, sums,
+            T, C, weight.stride(0), bias.stride(0), B // weight.shape[0], *strides(x, dy),
             STEPS=STEPS, BC=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     return dx, sums

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hybrid.kernels import MIXES
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store
+from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store, with_dense_models
 
 STEPS = 32  # of a tile in the sums over steps
 BUSY = 512  # programs of the sums over steps: more mean more partial sums
@@ -53,14 +53,15 @@ def _pick(k, p0, p1, p2, p3, p4):
 @triton.jit
 def _ddlerp_forward_kernel(
     x_ptr, delta_ptr, low_ptr, weight_ptr, bias_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr, stop, D, R,
+    weight_model, bias_model,
     PRECISION: tl.constexpr, MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     model = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * STEPS
     at = model * stop * D
     low_ptr += model * stop * MIXES * R
-    weight_ptr += model * D * MIXES * R
-    bias_ptr += model * MIXES * D
+    weight_ptr += model * weight_model
+    bias_ptr += model * bias_model
     x = load(x_ptr + at, first, 0, stop, D, D, STEPS, BD).to(tl.float32)
     delta = load(delta_ptr + at, first, 0, stop, D, D, STEPS, BD).to(tl.float32)
     for k in range(0, MIXES):
@@ -72,7 +73,7 @@ def _ddlerp_forward_kernel(
 @triton.jit
 def _ddlerp_backward_kernel(
     delta_ptr, low_ptr, weight_ptr, bias_ptr, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr,
-    dx_ptr, ddelta_ptr, dlow_ptr, stop, D, R,
+    dx_ptr, ddelta_ptr, dlow_ptr, stop, D, R, weight_model, bias_model,
     PRECISION: tl.constexpr, MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     model = tl.program_id(1).to(tl.int64)
@@ -80,8 +81,8 @@ def _ddlerp_backward_kernel(
     at = model * stop * D
     low_ptr += model * stop * MIXES * R
     dlow_ptr += model * stop * MIXES * R
-    weight_ptr += model * D * MIXES * R
-    bias_ptr += model * MIXES * D
+    weight_ptr += model * weight_model
+    bias_ptr += model * bias_model
     delta = load(delta_ptr + at, first, 0, stop, D, D, STEPS, BD).to(tl.float32)
     dx = tl.zeros((STEPS, BD), dtype=tl.float32)
     ddelta = tl.zeros((STEPS, BD), dtype=tl.float32)
@@ -140,10 +141,11 @@ def _forward(
     models, R = weight.shape[0], low.shape[2] // MIXES
     ys = [low.new_empty(B, T, D) for _ in range(MIXES)]
     steps = B // models * T
+    weight, bias = with_dense_models(weight), with_dense_models(bias)
     with torch.cuda.device_of(x):
         _ddlerp_forward_kernel[triton.cdiv(steps, _steps(D)), models](
-            x.contiguous(), delta.contiguous(), low.contiguous(), weight.contiguous(), bias.contiguous(), *ys,
-            steps, D, R, **_constants(D, R, low), STEPS=_steps(D), num_warps=8,
+            x.contiguous(), delta.contiguous(), low.contiguous(), weight, bias, *ys,
+            steps, D, R, weight.stride(0), bias.stride(0), **_constants(D, R, low), STEPS=_steps(D), num_warps=8,
         )  # fmt: skip
     return tuple(ys)
 
@@ -173,12 +175,13 @@ def _backward(
     dx, ddelta, dlow = delta.new_empty(B, T, D), delta.new_empty(B, T, D), low.new_empty(B, T, MIXES * R)
     dweight = low.new_empty(models * programs, D, MIXES * R, dtype=torch.float32)
     dbias = low.new_empty(models * programs, MIXES, D, dtype=torch.float32)
+    weight, bias = with_dense_models(weight), with_dense_models(bias)
     delta, low, dys = delta.contiguous(), low.contiguous(), [dy.contiguous() for dy in (dy0, dy1, dy2, dy3, dy4)]
     constants = _constants(D, R, low)
     with torch.cuda.device_of(delta):
         _ddlerp_backward_kernel[triton.cdiv(steps, _steps(D)), models](
-            delta, low, weight.contiguous(), bias.contiguous(), *dys, dx, ddelta, dlow,
-            steps, D, R, **constants, STEPS=_steps(D), num_warps=8,
+            delta, low, weight, bias, *dys, dx, ddelta, dlow,
+            steps, D, R, weight.stride(0), bias.stride(0), **constants, STEPS=_steps(D), num_warps=8,
         )  # fmt: skip
         _ddlerp_sums_kernel[programs, models, MIXES](
             delta, low, *dys, dweight, dbias, steps, D, R, triton.cdiv(triton.cdiv(steps, STEPS), programs),

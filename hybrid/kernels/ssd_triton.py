@@ -31,6 +31,7 @@ from hybrid.kernels.tiles import (
     store,
     strides,
     with_dense_heads,
+    with_dense_models,
     with_dense_rows,
 )
 
@@ -91,7 +92,7 @@ def _ssd_states_kernel(
 @triton.jit
 def _ssd_forward_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, borders_ptr, y_ptr,
-    T, H, G, P, N, sequences_per_A, chunks,
+    T, H, G, P, N, sequences_per_A, chunks, D_model,
     x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step,
     L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
@@ -101,12 +102,12 @@ def _ssd_forward_kernel(
     b = (head // H).to(tl.int64)
     h = head % H
     group = h // (H // G)
-    of_head = b // sequences_per_A * H + h
+    model = b // sequences_per_A
     first = n * L
     row = first + tl.arange(0, L)
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
-    A = tl.load(A_ptr + of_head).to(tl.float32)
+    A = tl.load(A_ptr + model * H + h).to(tl.float32)
     dt = tl.load(dt_ptr + b * dt_batch + h + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
     x = load(x_ptr + b * x_batch + h * P, first, 0, T, x_step, P, L, BP)
     B = load(B_ptr + b * B_batch + group * N, first, 0, T, B_step, N, L, BN).to(low)
@@ -117,7 +118,7 @@ def _ssd_forward_kernel(
     scores = tl.dot(C, tl.trans(B)) * weight
     y = tl.dot(scores.to(low), x)
     if SKIP:
-        y += tl.load(D_ptr + of_head).to(tl.float32) * x.to(tl.float32)
+        y += tl.load(D_ptr + model * D_model + h).to(tl.float32) * x.to(tl.float32)
     if STATE:
         state = load(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N, 0, 0, P, N, N, BP, BN)
         y += tl.dot(C, tl.trans(state)) * tl.exp(upto)[:, None]
@@ -162,7 +163,7 @@ def _ssd_dstates_kernel(
 def _ssd_backward_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, borders_ptr, dstates_ptr, dy_ptr,
     dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr,
-    T, H, G, P, N, sequences_per_A, chunks,
+    T, H, G, P, N, sequences_per_A, chunks, D_model,
     x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, dy_batch, dy_step,
     L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
@@ -172,13 +173,13 @@ def _ssd_backward_kernel(
     b = (head // H).to(tl.int64)
     h = head % H
     group = h // (H // G)
-    of_head = b // sequences_per_A * H + h
+    model = b // sequences_per_A
     of_chunk = (b * chunks + n) * H + h
     first = n * L
     row = first + tl.arange(0, L)
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
-    A = tl.load(A_ptr + of_head).to(tl.float32)
+    A = tl.load(A_ptr + model * H + h).to(tl.float32)
     dt = tl.load(dt_ptr + b * dt_batch + h + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
     x = load(x_ptr + b * x_batch + h * P, first, 0, T, x_step, P, L, BP)
     dy = load(dy_ptr + b * dy_batch + h * P, first, 0, T, dy_step, P, L, BP).to(low)
@@ -201,7 +202,7 @@ def _ssd_backward_kernel(
     # One gradient after another, each written before the next is begun: two of them would not fit in registers.
     dx = tl.dot(tl.trans(weighted), dy)
     if SKIP:
-        dx += tl.load(D_ptr + of_head).to(tl.float32) * dy.to(tl.float32)
+        dx += tl.load(D_ptr + model * D_model + h).to(tl.float32) * dy.to(tl.float32)
     if STATE:
         total = tl.sum(a, 0)
         at = (head.to(tl.int64) * chunks + n) * P * N
@@ -261,7 +262,7 @@ def _forward(
     # The products that read them take the inputs' precision anyway.
     borders = x.new_empty(_border_shape(x, N, final or initial_state is not None))
     x, B, C = (with_dense_heads(t) for t in (x, B, C))
-    dt, A = with_dense_rows(dt), A.contiguous()
+    dt, A, D = with_dense_rows(dt), A.contiguous(), None if D is None else with_dense_models(D)
     sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
         if borders.numel():
@@ -272,7 +273,7 @@ def _forward(
                 num_warps=launch.num_warps,
             )  # fmt: skip
         _ssd_forward_kernel[batch * H, chunks](
-            x, dt, A, B, C, None if D is None else D.contiguous(), borders, y, *sizes, *strides(x, dt, B, C),
+            x, dt, A, B, C, D, borders, y, *sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C),
             L=launch.chunk, BP=rows, BN=columns, SKIP=D is not None, STATE=borders.numel() > 0,
             num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
@@ -303,7 +304,7 @@ def _backward(
     dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
     dstates = torch.empty_like(borders)
     x, B, C, dy = (with_dense_heads(t) for t in (x, B, C, dy))
-    dt, A = with_dense_rows(dt), A.contiguous()
+    dt, A, D = with_dense_rows(dt), A.contiguous(), None if D is None else with_dense_models(D)
     sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
         if borders.numel():
@@ -315,8 +316,8 @@ def _backward(
                 num_warps=launch.num_warps,
             )  # fmt: skip
         _ssd_backward_kernel[batch * H, chunks](
-            x, dt, A, B, C, None if D is None else D.contiguous(), borders, dstates, dy, dx, ddt, dA, dB, dC, dD,
-            *sizes, *strides(x, dt, B, C, dy),
+            x, dt, A, B, C, D, borders, dstates, dy, dx, ddt, dA, dB, dC, dD,
+            *sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C, dy),
             L=launch.chunk, BP=rows, BN=columns, SKIP=D is not None, STATE=borders.numel() > 0,
             num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip

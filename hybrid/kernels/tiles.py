@@ -46,6 +46,14 @@ def with_dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def with_dense_models(x: Tensor) -> Tensor:
+    """x [models,...] itself where the numbers of a model lie side by side, else a copy.
+
+    What models hold themselves are views into a larger tensor, ``x.stride(0)`` from one model to the next.
+    """
+    return x if x[0].is_contiguous() else x.contiguous()
+
+
 def strides(*tensors: Tensor) -> list[int]:
     """Batch and step strides of each tensor, in the kernels' order."""
     return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]

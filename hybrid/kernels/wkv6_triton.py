@@ -33,7 +33,17 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import LOWEST, check_dtypes, load, power_of_two, precision, store, strides, with_dense_heads
+from hybrid.kernels.tiles import (
+    LOWEST,
+    check_dtypes,
+    load,
+    power_of_two,
+    precision,
+    store,
+    strides,
+    with_dense_heads,
+    with_dense_models,
+)
 
 CHUNK = 16  # steps: the smallest side of a tile product
 LEVELS = CHUNK.bit_length() - 2  # of halving a chunk, before pairs of neighbours are left
@@ -168,7 +178,7 @@ def _wkv6_future_kernel(
 @triton.jit
 def _wkv6_forward_kernel(
     r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, initial_ptr, starts_ptr, o_ptr, final_ptr, borders_ptr,
-    T, H, K, V, sequences_per_u, chunks, chunks_per_program, o_part,
+    T, H, K, V, u_model, sequences_per_u, chunks, chunks_per_program, o_part,
     r_batch, r_step, k_batch, k_step, v_batch, v_step, w_batch, w_step,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
     PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr, WALK: tl.constexpr,
@@ -184,7 +194,7 @@ def _wkv6_forward_kernel(
     v_ptr += b * v_batch + h * V
     o_ptr += tl.program_id(2).to(tl.int64) * o_part + (b * T * H + h) * V
     state_at = head.to(tl.int64) * K * V + k0 * V
-    u = tl.load(u_ptr + (b // sequences_per_u * H + h) * K + k0 + tl.arange(0, BK),
+    u = tl.load(u_ptr + b // sequences_per_u * u_model + h * K + k0 + tl.arange(0, BK),
                 mask=tl.arange(0, BK) < width, other=0.0).to(tl.float32)  # fmt: skip
 
     start = tl.program_id(1) * chunks_per_program
@@ -233,7 +243,7 @@ def _wkv6_forward_kernel(
 def _wkv6_backward_kernel(
     r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, borders_ptr, do_ptr, dfinal_ptr, ends_ptr,
     dr_ptr, dk_ptr, dv_ptr, dw_ptr, du_ptr, dinitial_ptr,
-    T, H, K, V, sequences_per_u, chunks, chunks_per_program, dv_part,
+    T, H, K, V, u_model, sequences_per_u, chunks, chunks_per_program, dv_part,
     r_batch, r_step, k_batch, k_step, v_batch, v_step, w_batch, w_step, do_batch, do_step,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
     PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, WALK: tl.constexpr,
@@ -252,7 +262,7 @@ def _wkv6_backward_kernel(
     dv_ptr += tl.program_id(2).to(tl.int64) * dv_part + (b * T * H + h) * V
     state_at = head.to(tl.int64) * K * V + k0 * V
     channel = tl.arange(0, BK)
-    u = tl.load(u_ptr + (b // sequences_per_u * H + h) * K + k0 + channel, mask=channel < width, other=0.0)
+    u = tl.load(u_ptr + b // sequences_per_u * u_model + h * K + k0 + channel, mask=channel < width, other=0.0)
     u = u.to(tl.float32)
 
     start = tl.program_id(1) * chunks_per_program
@@ -347,6 +357,7 @@ def _forward(
     final_state = v.new_empty((B, H, K, V) if final else (0,), dtype=_STATE)
     borders = v.new_empty((B, H, chunks, K, V) if save else (0,), dtype=_STATE)
     r, k, v, w = (with_dense_heads(x) for x in (r, k, v, w))
+    u = with_dense_models(u)
     starts = v.new_empty(B, H, programs, K, V, dtype=_STATE) if launch.walk else None
     tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
@@ -356,8 +367,9 @@ def _forward(
                 **tiles, STEPS=launch.chunks_per_program * CHUNK, INITIAL=initial_state is not None, num_warps=2,
             )  # fmt: skip
         _wkv6_forward_kernel[B * H, programs, parts](
-            r, k, v, w, u.contiguous(), initial_state, starts, o, final_state, borders,
-            T, H, K, V, B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V, *strides(r, k, v, w),
+            r, k, v, w, u, initial_state, starts, o, final_state, borders,
+            T, H, K, V, u.stride(0), B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V,
+            *strides(r, k, v, w),
             **tiles, C=CHUNK, LEVELS=LEVELS, AHEAD=AHEAD, INITIAL=initial_state is not None, FINAL=final, SAVE=save,
             WALK=launch.walk, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
@@ -390,6 +402,7 @@ def _backward(
     dinitial = v.new_empty((B, H, K, V) if initial else (0,), dtype=_STATE)
     dfinal = None if dfinal is None else dfinal.contiguous()
     r, k, v, w, do = (with_dense_heads(x) for x in (r, k, v, w, do))
+    u = with_dense_models(u)
     ends = v.new_empty(B, H, programs, K, V, dtype=_STATE) if launch.walk else None
     tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
@@ -399,8 +412,9 @@ def _backward(
                 **tiles, STEPS=launch.chunks_per_program * CHUNK, FINAL=dfinal is not None, num_warps=2,
             )  # fmt: skip
         _wkv6_backward_kernel[B * H, programs, parts](
-            r, k, v, w, u.contiguous(), borders, do, dfinal, ends, dr, dk, dv, dw, du, dinitial,
-            T, H, K, V, B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V, *strides(r, k, v, w, do),
+            r, k, v, w, u, borders, do, dfinal, ends, dr, dk, dv, dw, du, dinitial,
+            T, H, K, V, u.stride(0), B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V,
+            *strides(r, k, v, w, do),
             **tiles, C=CHUNK, LEVELS=LEVELS, AHEAD=AHEAD, INITIAL=initial, FINAL=dfinal is not None,
             WALK=launch.walk, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip

@@ -35,23 +35,35 @@ SMALL_VOCABULARY = 256
 
 @dataclass
 class Leaf:
-    """Parameters that are treated alike. ``half``: matrices that autocast would cast before every use."""
+    """Parameters that are treated alike. ``half``: those that autocast would cast before every use.
+
+    ``turned`` matrices lie in it column by column, as their gradients come: that of W in x W^T is (x^T dy)^T.
+    """
 
     part: str
     decay: bool
     half: bool
     names: list[str]
     shapes: list[torch.Size]
+    turned: list[bool]
     values: nn.Parameter  # [members, numbers]
 
     @property
     def sizes(self) -> list[int]:
         return [shape.numel() for shape in self.shapes]
 
+    @property
+    def layout(self) -> list[tuple[str, bool]]:
+        """Which number is whose: moments that were saved with another one do not belong to these values."""
+        return list(zip(self.names, self.turned, strict=True))
+
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """By name, [members, *shape]."""
         pieces = flat.split(self.sizes, dim=1)
-        return {n: p.view(-1, *s) for n, p, s in zip(self.names, pieces, self.shapes, strict=True)}
+        return {
+            name: piece.view(-1, *shape[::-1]).mT if turned else piece.view(-1, *shape)
+            for name, turned, piece, shape in zip(self.names, self.turned, pieces, self.shapes, strict=True)
+        }
 
 
 class Stack:
@@ -61,10 +73,10 @@ class Stack:
         self.models, self.dtype = models, dtype
         template = models[0]
         linear = {
-            f"{path}.{name}"
+            f"{path}.{name}": parameter.ndim == 2 and not getattr(parameter, "_read_by_rows", False)
             for path, module in template.named_modules()
             if isinstance(module, nn.Linear)
-            for name, _ in module.named_parameters(recurse=False)
+            for name, parameter in module.named_parameters(recurse=False)
         }
         kinds: dict[tuple[str, bool, bool], list[str]] = {}
         for name, parameter in template.named_parameters():
@@ -73,10 +85,13 @@ class Stack:
         own = [dict(model.named_parameters()) for model in models]
         self.leaves = []
         for (part, decay, half), names in kinds.items():
-            rows = [torch.cat([named[name].detach().flatten() for name in names]) for named in own]
-            leaf = Leaf(
-                part, decay, half, names, [own[0][name].shape for name in names], nn.Parameter(torch.stack(rows))
-            )
+            turned = [half and linear[name] for name in names]
+            rows = [
+                torch.cat([(x.mT if turn else x).flatten() for x, turn in zip(parts, turned, strict=True)])
+                for parts in ([named[name].detach() for name in names] for named in own)
+            ]
+            shapes = [own[0][name].shape for name in names]
+            leaf = Leaf(part, decay, half, names, shapes, turned, nn.Parameter(torch.stack(rows)))
             for name, view in leaf.views(leaf.values.data).items():
                 for named, member in zip(own, view.unbind(0), strict=True):
                     named[name].data = member

@@ -28,7 +28,7 @@ class Problem:
 
     def leaves(self) -> list[Leaf]:
         rows = zip(self.parts, self.start, strict=True)
-        return [Leaf(part, decay, False, [], [], nn.Parameter(x.clone())) for (part, decay), x in rows]
+        return [Leaf(part, decay, False, [], [], [], nn.Parameter(x.clone())) for (part, decay), x in rows]
 
 
 def problem(cfg: OptimConfig, members: int, sizes: list[int], steps: int, device: str = "cpu") -> Problem:

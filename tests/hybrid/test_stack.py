@@ -59,6 +59,42 @@ def test_outputs_and_gradients_of_every_member(small: Setting, arm: tuple[str, .
                 assert (gradient[k] - wanted).norm().item() < 1e-4 * wanted.norm().item() + 1e-6 * largest, name
 
 
+@pytest.mark.parametrize("members", [1, 2])
+def test_matrices_in_lower_precision_lie_as_their_gradients_come(small: Setting, members: int) -> None:
+    models = [model_of(small, "model.pattern=P R M P A", "fusion=gated", f"seed_init={k}") for k in range(members)]
+    for model in models:
+        stir(model)
+    alone = [copy.deepcopy(model) for model in models]
+    stack = Stack(models, torch.bfloat16, compiled=False)
+    for model, before in zip(models, alone, strict=True):
+        assert all(x.equal(before.state_dict()[name]) for name, x in model.state_dict().items())
+    turned = [name for leaf in stack.leaves for name, turn in leaf.layout if turn]
+    assert len(turned) > 30
+    copied = []
+    values = stack.values
+
+    def watched() -> dict[str, Tensor]:
+        found = values()
+        for name in turned:
+            strides = found[name].stride()
+            found[name].register_hook(lambda g, n=name, s=strides: copied.append(n) if g.stride() != s else None)
+        return found
+
+    stack.values = watched
+    tokens = torch.randint(0, 30, (members, 3, 20), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = stack.forward(tokens)
+        expected = [model(tokens[k]) for k, model in enumerate(alone)]
+    logits.float().square().mean((1, 2, 3)).sum().backward()
+    assert not copied
+    found = {name: x for leaf in stack.leaves for name, x in leaf.views(leaf.values.grad).items()}
+    for k, model in enumerate(alone):
+        assert closeness(logits[k].float(), expected[k].float()) < 2e-2
+        expected[k].float().square().mean().backward()
+        for name in turned:
+            assert closeness(found[name][k], model.get_parameter(name).grad) < 0.1, name
+
+
 @pytest.mark.parametrize("vocabulary", [SMALL_VOCABULARY, SMALL_VOCABULARY + 1])
 def test_embeddings_are_looked_up(vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(0)

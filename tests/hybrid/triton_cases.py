@@ -18,7 +18,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 has to be 
 
 from hybrid import kernels  # noqa: E402
 from hybrid.kernels import ssd_triton, wkv6_triton  # noqa: E402
-from tests.hybrid.recurrences import ssd_reference, wkv6_reference  # noqa: E402
+from tests.hybrid.recurrences import ssd_reference, with_gaps, wkv6_reference  # noqa: E402
 from tests.hybrid.test_kernels import compare, relative_error, ssd_inputs, wkv6_inputs  # noqa: E402
 
 # As in test_kernels: B, T, H, K, V, decay range, initial state
@@ -163,7 +163,7 @@ def stacked(op: str, models: int) -> tuple[dict[str, torch.Tensor], dict[str, in
     for name in sets[0]:
         dims[name] = None if name == shared else 1 if name == moved else 0
         x = sets[0][name] if name == shared else torch.stack([s[name] for s in sets], dim=dims[name])
-        inputs[name] = x.float()
+        inputs[name] = with_gaps(x.float()) if name in ("u", "A", "D") else x.float()
     return inputs, dims
 
 
@@ -179,12 +179,12 @@ def test_vmap_is_a_loop(op: str) -> None:
     def pick(m: int) -> list[torch.Tensor]:
         return [x if dims[name] is None else x.select(dims[name], m) for name, x in inputs.items()]
 
-    leaves = [x.clone().requires_grad_() for x in inputs.values()]
+    leaves = [x.requires_grad_() for x in inputs.values()]
     losses = torch.vmap(loss, in_dims=tuple(dims.values()))(*leaves)
     # Two sums of the models' losses at once: the backward operator is mapped as well.
     weights = torch.tensor([[1.0, 1.0], [0.5, -1.0]])
     together = torch.autograd.grad(losses, leaves, weights, is_grads_batched=True)
-    again = [x.clone().requires_grad_() for x in inputs.values()]
+    again = [x.detach().clone().requires_grad_() for x in inputs.values()]
     named = list(zip(names, again, strict=True))
     picked = [[x if dims[name] is None else x.select(dims[name], m) for name, x in named] for m in (0, 1)]
     alone = torch.stack([loss(*values) for values in picked])
