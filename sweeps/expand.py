@@ -58,16 +58,13 @@ def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
         else:
             fixed[override.key_or_group] = override.input_line
 
-    unknown = [arm for arm in sweep.only or [] if arm not in sweep.arms]
-    if unknown:
-        raise ConfigError(f"sweep.only: {unknown[0]} is no arm of {sweep.name} (there are {', '.join(sweep.arms)})")
     axes: list[list[Choice]] = []
     if sweep.arms:
         for arm, overrides in sweep.arms.items():
             clash = {plain_key(line) for line in overrides} & (fixed.keys() | given.keys())
             if clash:
                 raise ConfigError(f"{sorted(clash)[0]} is what arm '{arm}' of sweep {sweep.name} sets; leave it out")
-        axes.append([Choice(arm, tuple(sweep.arms[arm])) for arm in sweep.only or sweep.arms])
+        axes.append([Choice(arm, tuple(overrides)) for arm, overrides in sweep.arms.items()])
     for key, values in sweep.grid.items():
         lines = given.pop(key, None) or [f"{key}={hydra_value(value)}" for value in values]
         if key in fixed:
@@ -87,10 +84,27 @@ def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
     if any(choice.name for axis in axes for choice in axis) and ("variant" in fixed or "variant" in given):
         raise ConfigError("variant names a single arm; these are named by their axes: leave it out")
     names = arm_names(["-".join(choice.name for choice in combination if choice.name) for combination in combinations])
+    only = chosen(sweep, combinations, names)
     return [
         Job(name, (*fixed.values(), *(line for choice in combination for line in choice.overrides)))
         for name, combination in zip(names, combinations, strict=True)
+        if name in only
     ]
+
+
+def chosen(sweep: SweepConfig, combinations: list[tuple[Choice, ...]], names: list[str | None]) -> set[str | None]:
+    """The names that ``sweep.only`` leaves: it has arms as the sweep calls them, or with their place in the grid."""
+    if not sweep.only:
+        return set(names)
+    of_arm: dict[str, set[str | None]] = {}
+    for name, combination in zip(names, combinations, strict=True):
+        for called in {name, combination[0].name if sweep.arms else name}:
+            of_arm.setdefault(called or "", set()).add(name)
+    unknown = [arm for arm in sweep.only if arm not in of_arm]
+    if unknown:
+        there = ", ".join(sweep.arms or sorted(name for name in of_arm if name))
+        raise ConfigError(f"sweep.only: {unknown[0]} is no arm of {sweep.name} (there are {there})")
+    return set().union(*(of_arm[arm] for arm in sweep.only))
 
 
 def name_of_axes(arguments: list[str]) -> str:

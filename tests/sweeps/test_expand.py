@@ -272,8 +272,22 @@ def test_smoke_compares_all_fusions() -> None:
 def test_only_some_arms() -> None:
     sweep = SweepConfig(name="named", arms={"a": ["fusion=gain"], "b": ["fusion=gated"]}, only=["b"])
     assert [job.variant for job in expand(sweep, [])] == ["b"]
-    with pytest.raises(ConfigError, match="c is no arm of named"):
+    with pytest.raises(ConfigError, match=r"c is no arm of named \(there are a, b\)"):
         expand(SweepConfig(name="named", arms=sweep.arms, only=["c"]), [])
+
+
+def test_only_some_places_of_a_grid() -> None:
+    grid = {"optim.lr": [0.1, 0.2]}
+    arms = {"a": ["fusion=gain"], "b": ["fusion=gated"]}
+
+    def names(**settings: Any) -> list[str | None]:
+        return [job.variant for job in expand(SweepConfig(name="named", grid=grid, **settings), [])]
+
+    assert names(arms=arms, only=["b"]) == ["b-lr=0.1", "b-lr=0.2"]
+    assert names(arms=arms, only=["b-lr=0.2", "a"]) == ["a-lr=0.1", "a-lr=0.2", "b-lr=0.2"]
+    assert names(only=["lr=0.2"]) == ["lr=0.2"]
+    with pytest.raises(ConfigError, match=r"lr=0.3 is no arm of named \(there are lr=0.1, lr=0.2\)"):
+        names(only=["lr=0.3"])
 
 
 def test_smoke_has_two_seeds() -> None:
