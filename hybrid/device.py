@@ -55,7 +55,7 @@ def serving_kernels(cfg: Config) -> dict[str, str]:
     """What serves each operator of a configuration that ``resolve_device`` has seen."""
     kernels, device_type = cfg.kernels, cfg.trainer.device.partition(":")[0]
     conv = conv_backend(kernels.ssd, device_type, cfg.model.mamba.conv_kernel)
-    ddlerp = ddlerp_backend(kernels.wkv6, device_type, cfg.model.d_model)
+    ddlerp = ddlerp_backend(kernels.wkv6, device_type, cfg.model.d_model, cfg.model.rwkv.shift_low_rank)
     return {"wkv6": kernels.wkv6, "ssd": kernels.ssd, "conv": conv, "ddlerp": ddlerp}
 
 

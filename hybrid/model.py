@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -141,6 +142,14 @@ class HybridLM(nn.Module):
             new.append(block_state)
         logits = F.linear(self.norm(x), self.embedding.weight)
         return logits if state is None else (logits, new)
+
+
+def copied(model: HybridLM) -> HybridLM:
+    """A deep copy, with what layers note on their parameters, such as ``_no_weight_decay``: PyTorch's forgets it."""
+    twin = copy.deepcopy(model)
+    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        vars(mine).update(vars(theirs))
+    return twin
 
 
 def build_branch(name: str, cfg: Config) -> nn.Module:

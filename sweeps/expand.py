@@ -102,7 +102,7 @@ def chosen(sweep: SweepConfig, combinations: list[tuple[Choice, ...]], names: li
             of_arm.setdefault(called or "", set()).add(name)
     unknown = [arm for arm in sweep.only if arm not in of_arm]
     if unknown:
-        there = ", ".join(sweep.arms or sorted(name for name in of_arm if name))
+        there = ", ".join(called for called in of_arm if called) or "none"
         raise ConfigError(f"sweep.only: {unknown[0]} is no arm of {sweep.name} (there are {there})")
     return set().union(*(of_arm[arm] for arm in sweep.only))
 

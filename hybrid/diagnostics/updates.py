@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from hybrid.data import Corpus
-from hybrid.model import HybridLM
+from hybrid.model import HybridLM, copied
 from hybrid.schema import Config
 from hybrid.training.optimizer import GradientNorms, build_optimizer, group_of, set_lr
 
@@ -29,7 +28,7 @@ def measure_updates(
     rows = cfg.trainer.batch_size * cfg.trainer.grad_accum
     batches = max(4, min(BATCHES, tokens // (rows * corpus.seq_len)))
     rows = min(rows, max(2, tokens // (batches * corpus.seq_len)))
-    model = copy.deepcopy(model).train()
+    model = copied(model).train()
     optimizer, gradients = build_optimizer(model, cfg.optim), GradientNorms(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -19,6 +19,7 @@ from hybrid.config import ConfigError
 from hybrid.data import Corpus
 from hybrid.device import clock_of, resolve_device, serving_kernels
 from hybrid.gates.watching import UNREAD, GateWatcher
+from hybrid.model import copied
 from hybrid.probe import Probe
 from hybrid.records import environment
 from hybrid.run import check_machine
@@ -90,7 +91,7 @@ def train(trial: Trial, cfg: Config, corpus: Corpus, model: torch.nn.Module, unt
     cfg.trainer.compile = cfg.trainer.cuda_graph = False
     cfg.trainer.log_every = 1
     corpus = replace(corpus, seq_len=cfg.data.seq_len)
-    each = seconds_a_step(cfg, corpus, copy.deepcopy(model))
+    each = seconds_a_step(cfg, corpus, copied(model))
     steps = max(LEAST_STEPS, min(trial.of, int((until - time.monotonic()) / each)))
     steps = min(steps, trial.of)
     scaled(cfg, steps / trial.of)

@@ -37,7 +37,7 @@ LARGEST_V = 128  # value channels of a head that the fused wkv6 kernels hold
 LARGEST_STATE = 64 * 256  # state channels of a head, P N, each rounded up to a power of two, for the fused ssd kernels
 LONGEST_FILTER = 4  # weights a channel of a convolution that its kernels hold
 MIXES = 5  # of a token shift: for r, w, k, v and g
-WIDEST_SHIFT = 256  # channels of a token shift that its kernels hold
+WIDEST_SHIFT, HIGHEST_RANK = 256, 64  # channels of a token shift, and the rank of a mix, that its kernels hold
 _PACKAGE = {"triton": "triton", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _PACKAGE}
 
@@ -91,10 +91,10 @@ def conv_backend(backend: str, device_type: str, width: int) -> str:
     return "triton" if kernels and width <= LONGEST_FILTER else "torch"
 
 
-def ddlerp_backend(backend: str, device_type: str, width: int) -> str:
-    """What serves the token shift of ``width`` channels beside a ``wkv6`` of ``backend``: "triton" or "torch"."""
+def ddlerp_backend(backend: str, device_type: str, width: int, rank: int) -> str:
+    """What serves a token shift of ``width`` channels beside a ``wkv6`` of ``backend``: "triton" or "torch"."""
     kernels = resolve_backend("wkv6", backend, device_type) != "torch" and _INSTALLED["triton"]
-    return "triton" if kernels and width <= WIDEST_SHIFT else "torch"
+    return "triton" if kernels and width <= WIDEST_SHIFT and rank <= HIGHEST_RANK else "torch"
 
 
 def _rounded(size: int) -> int:
@@ -240,7 +240,7 @@ def ddlerp(
         raise ValueError(f"ddlerp needs x and delta [B,T,D], low [B,T,{MIXES}R], weight [D,{MIXES}R]; got {shapes}")
     if bias.shape != (MIXES, D):
         raise ValueError(f"ddlerp needs a bias of {[MIXES, D]}, got {list(bias.shape)}")
-    if ddlerp_backend(backend, x.device.type, D) == "triton":
+    if ddlerp_backend(backend, x.device.type, D, low.shape[2] // MIXES) == "triton":
         from hybrid.kernels.ddlerp_triton import ddlerp_triton
 
         return ddlerp_triton(x, delta, low, weight, bias)

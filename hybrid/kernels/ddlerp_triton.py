@@ -28,8 +28,8 @@ BUSY = 512  # programs of the sums over steps: more mean more partial sums
 def _mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION: tl.constexpr,
          MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """m_k [STEPS,BD] and W_k [BD,BR]."""
-    low = load(low_ptr + k * R, first, 0, stop, MIXES * R, R, STEPS, BR)
-    weight = load(weight_ptr + k * R, 0, 0, D, MIXES * R, R, BD, BR).to(low.dtype)
+    low = load(low_ptr + k * R, first, stop, MIXES * R, R, STEPS, BR)
+    weight = load(weight_ptr + k * R, 0, D, MIXES * R, R, BD, BR).to(low.dtype)
     channel = tl.arange(0, BD)
     bias = tl.load(bias_ptr + k * D + channel, mask=channel < D, other=0.0).to(tl.float32)
     return tl.dot(low, tl.trans(weight), input_precision=PRECISION) + bias[None, :], weight
@@ -62,8 +62,8 @@ def _ddlerp_forward_kernel(
     low_ptr += model * stop * MIXES * R
     weight_ptr += model * weight_model
     bias_ptr += model * bias_model
-    x = load(x_ptr + at, first, 0, stop, D, D, STEPS, BD).to(tl.float32)
-    delta = load(delta_ptr + at, first, 0, stop, D, D, STEPS, BD).to(tl.float32)
+    x = load(x_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
+    delta = load(delta_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
     for k in range(0, MIXES):
         m, _ = _mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION, MIXES, STEPS, BD, BR)
         y_ptr = _pick(k, y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr)
@@ -83,12 +83,12 @@ def _ddlerp_backward_kernel(
     dlow_ptr += model * stop * MIXES * R
     weight_ptr += model * weight_model
     bias_ptr += model * bias_model
-    delta = load(delta_ptr + at, first, 0, stop, D, D, STEPS, BD).to(tl.float32)
+    delta = load(delta_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
     dx = tl.zeros((STEPS, BD), dtype=tl.float32)
     ddelta = tl.zeros((STEPS, BD), dtype=tl.float32)
     for k in range(0, MIXES):
         dy_ptr = _pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr)
-        dy = load(dy_ptr + at, first, 0, stop, D, D, STEPS, BD).to(tl.float32)
+        dy = load(dy_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
         m, weight = _mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION, MIXES, STEPS, BD, BR)
         dx += dy
         ddelta += dy * m
@@ -113,9 +113,9 @@ def _ddlerp_sums_kernel(
     dbias = tl.zeros((BD,), dtype=tl.float32)
     for block in range(0, blocks):
         first = (tl.program_id(0) * blocks + block) * STEPS
-        low = load(low_ptr, first, 0, stop, MIXES * R, R, STEPS, BR)
-        dy = load(dy_ptr + at, first, 0, stop, D, D, STEPS, BD).to(tl.float32)
-        dm = dy * load(delta_ptr + at, first, 0, stop, D, D, STEPS, BD).to(tl.float32)
+        low = load(low_ptr, first, stop, MIXES * R, R, STEPS, BR)
+        dy = load(dy_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
+        dm = dy * load(delta_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
         dbias += tl.sum(dm, 0)
         dweight += tl.dot(tl.trans(dm.to(low.dtype)), low, input_precision=PRECISION)
     row = model * tl.num_programs(0) + tl.program_id(0)
@@ -125,7 +125,11 @@ def _ddlerp_sums_kernel(
 
 
 def _constants(D: int, R: int, low: Tensor) -> dict[str, int | str]:
-    return {"PRECISION": precision(low), "MIXES": MIXES, "BD": power_of_two(D), "BR": power_of_two(R)}
+    # Loads of the next mix or tile are under way in shared memory, where float32 has no room for them.
+    stages = 1 if low.dtype == torch.float32 else 3
+    return {
+        "PRECISION": precision(low), "MIXES": MIXES, "BD": power_of_two(D), "BR": power_of_two(R), "num_stages": stages,
+    }  # fmt: skip
 
 
 def _steps(D: int) -> int:

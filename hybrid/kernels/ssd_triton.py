@@ -74,13 +74,13 @@ def _ssd_states_kernel(
     A = tl.load(A_ptr + b // sequences_per_A * H + h).to(tl.float32)
     state = tl.zeros((BP, BN), dtype=tl.float32)
     if INITIAL:
-        state += load(initial_ptr + head.to(tl.int64) * P * N + column, 0, 0, P, N, width, BP, BN).to(tl.float32)
+        state += load(initial_ptr + head.to(tl.int64) * P * N + column, 0, P, N, width, BP, BN).to(tl.float32)
     for n in range(0, chunks):
         store(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N + column, state, 0, P, N, width, BP, BN)
         row = n * L + tl.arange(0, L)
         dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
-        x = load(x_ptr, n * L, 0, T, x_step, P, L, BP).to(tl.float32)
-        B = load(B_ptr, n * L, 0, T, B_step, width, L, BN).to(low)
+        x = load(x_ptr, n * L, T, x_step, P, L, BP).to(tl.float32)
+        B = load(B_ptr, n * L, T, B_step, width, L, BN).to(low)
         a = tl.maximum(dt * A, LOWEST)
         total = tl.sum(a, 0)
         gained = x * (dt * tl.exp(tl.minimum(total - tl.cumsum(a, 0), 0.0)))[:, None]
@@ -109,9 +109,9 @@ def _ssd_forward_kernel(
     j = tl.arange(0, L)[None, :]
     A = tl.load(A_ptr + model * H + h).to(tl.float32)
     dt = tl.load(dt_ptr + b * dt_batch + h + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
-    x = load(x_ptr + b * x_batch + h * P, first, 0, T, x_step, P, L, BP)
-    B = load(B_ptr + b * B_batch + group * N, first, 0, T, B_step, N, L, BN).to(low)
-    C = load(C_ptr + b * C_batch + group * N, first, 0, T, C_step, N, L, BN).to(low)
+    x = load(x_ptr + b * x_batch + h * P, first, T, x_step, P, L, BP)
+    B = load(B_ptr + b * B_batch + group * N, first, T, B_step, N, L, BN).to(low)
+    C = load(C_ptr + b * C_batch + group * N, first, T, C_step, N, L, BN).to(low)
     upto = tl.cumsum(tl.maximum(dt * A, LOWEST), 0)
     gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
     weight = tl.exp(tl.where(i >= j, gap, float("-inf"))) * dt[None, :]
@@ -120,7 +120,7 @@ def _ssd_forward_kernel(
     if SKIP:
         y += tl.load(D_ptr + model * D_model + h).to(tl.float32) * x.to(tl.float32)
     if STATE:
-        state = load(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N, 0, 0, P, N, N, BP, BN)
+        state = load(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N, 0, P, N, N, BP, BN)
         y += tl.dot(C, tl.trans(state)) * tl.exp(upto)[:, None]
     store(y_ptr + (b * T * H + h) * P, y, first, T, H * P, P, L, BP)
 
@@ -144,14 +144,14 @@ def _ssd_dstates_kernel(
     A = tl.load(A_ptr + b // sequences_per_A * H + h).to(tl.float32)
     dstate = tl.zeros((BP, BN), dtype=tl.float32)
     if FINAL:
-        dstate += load(dfinal_ptr + head.to(tl.int64) * P * N + column, 0, 0, P, N, width, BP, BN).to(tl.float32)
+        dstate += load(dfinal_ptr + head.to(tl.int64) * P * N + column, 0, P, N, width, BP, BN).to(tl.float32)
     for m in range(0, chunks):
         n = chunks - 1 - m
         store(dstates_ptr + (head.to(tl.int64) * chunks + n) * P * N + column, dstate, 0, P, N, width, BP, BN)
         row = n * L + tl.arange(0, L)
         dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
-        dy = load(dy_ptr, n * L, 0, T, dy_step, P, L, BP).to(tl.float32)
-        C = load(C_ptr, n * L, 0, T, C_step, width, L, BN).to(low)
+        dy = load(dy_ptr, n * L, T, dy_step, P, L, BP).to(tl.float32)
+        C = load(C_ptr, n * L, T, C_step, width, L, BN).to(low)
         a = tl.maximum(dt * A, LOWEST)
         faded = dy * tl.exp(tl.cumsum(a, 0))[:, None]
         dstate = dstate * tl.exp(tl.sum(a, 0)) + tl.dot(tl.trans(faded.to(low)), C)
@@ -181,10 +181,10 @@ def _ssd_backward_kernel(
     j = tl.arange(0, L)[None, :]
     A = tl.load(A_ptr + model * H + h).to(tl.float32)
     dt = tl.load(dt_ptr + b * dt_batch + h + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
-    x = load(x_ptr + b * x_batch + h * P, first, 0, T, x_step, P, L, BP)
-    dy = load(dy_ptr + b * dy_batch + h * P, first, 0, T, dy_step, P, L, BP).to(low)
-    B = load(B_ptr + b * B_batch + group * N, first, 0, T, B_step, N, L, BN).to(low)
-    C = load(C_ptr + b * C_batch + group * N, first, 0, T, C_step, N, L, BN).to(low)
+    x = load(x_ptr + b * x_batch + h * P, first, T, x_step, P, L, BP)
+    dy = load(dy_ptr + b * dy_batch + h * P, first, T, dy_step, P, L, BP).to(low)
+    B = load(B_ptr + b * B_batch + group * N, first, T, B_step, N, L, BN).to(low)
+    C = load(C_ptr + b * C_batch + group * N, first, T, C_step, N, L, BN).to(low)
     a = tl.maximum(dt * A, LOWEST)
     upto = tl.cumsum(a, 0)
     gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
@@ -207,7 +207,7 @@ def _ssd_backward_kernel(
         total = tl.sum(a, 0)
         at = (head.to(tl.int64) * chunks + n) * P * N
         leaving = tl.exp(tl.minimum(total - upto, 0.0))
-        dstate = load(dstates_ptr + at, 0, 0, P, N, N, BP, BN)
+        dstate = load(dstates_ptr + at, 0, P, N, N, BP, BN)
         dx += tl.dot(B, tl.trans(dstate)) * (leaving * dt)[:, None]
     store(dx_ptr + (b * T * H + h) * P, dx, first, T, H * P, P, L, BP)
     out = (b * T * H + h) * N
@@ -220,7 +220,7 @@ def _ssd_backward_kernel(
     store(dB_ptr + out, dB, first, T, H * N, N, L, BN)
     dC = tl.dot(dscores, B)
     if STATE:
-        state = load(borders_ptr + at, 0, 0, P, N, N, BP, BN)
+        state = load(borders_ptr + at, 0, P, N, N, BP, BN)
         dC_state = tl.dot(dy, state) * tl.exp(upto)[:, None]
         later += tl.sum(dC_state * C.to(tl.float32), 1)
         dC += dC_state
@@ -229,8 +229,8 @@ def _ssd_backward_kernel(
         da = tl.sum(tl.where(i >= j, later[:, None], (earlier * dt)[:, None]), 0)
         product = 0.0
         for p in range(0, BP, 16):
-            some = load(borders_ptr + at, p, 0, P, N, N, 16, BN).to(tl.float32)
-            some *= load(dstates_ptr + at, p, 0, P, N, N, 16, BN).to(tl.float32)
+            some = load(borders_ptr + at, p, P, N, N, 16, BN).to(tl.float32)
+            some *= load(dstates_ptr + at, p, P, N, N, 16, BN).to(tl.float32)
             product += tl.sum(tl.sum(some, 1), 0)
         da += tl.exp(total) * product
     else:
@@ -252,7 +252,10 @@ def _border_shape(x: Tensor, N: int, stateful: bool) -> tuple[int, ...]:
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None, final: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states that enter the chunks; of these two what there is no use for is empty."""
+    """y, the final state, and the states that enter the chunks; of these two what there is no use for is empty.
+
+    The states take N/chunk times y's memory, without a gradient until the call returns.
+    """
     batch, T, H, P = x.shape
     G, N = B.shape[-2:]
     launch = choose(T, P, N, x.dtype)
@@ -263,6 +266,7 @@ def _forward(
     borders = x.new_empty(_border_shape(x, N, final or initial_state is not None))
     x, B, C = (with_dense_heads(t) for t in (x, B, C))
     dt, A, D = with_dense_rows(dt), A.contiguous(), None if D is None else with_dense_models(D)
+    initial_state = None if initial_state is None else initial_state.contiguous()
     sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
         if borders.numel():
@@ -302,6 +306,7 @@ def _backward(
     dA, dD = (x.new_empty(batch, chunks, H, dtype=torch.float32) for _ in range(2))
     dB, dC = (t.new_empty(batch, T, H, N) for t in (B, C))
     dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
+    borders = borders.contiguous()
     dstates = torch.empty_like(borders)
     x, B, C, dy = (with_dense_heads(t) for t in (x, B, C, dy))
     dt, A, D = with_dense_rows(dt), A.contiguous(), None if D is None else with_dense_models(D)
@@ -368,7 +373,7 @@ def ssd_triton(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """As ``hybrid.kernels.ssd``; x, B and C in any of float32, bfloat16 and float16, sums in float32."""
     check_dtypes("ssd", x, dt, A, B, C, *([] if D is None else [D]))
-    initial_state = None if initial_state is None else initial_state.float().contiguous()
+    initial_state = None if initial_state is None else initial_state.float()
     # One set of decay rates and skips for the whole batch; stacked models (vmap) have several.
     D = None if D is None else D[None]
     y, state, _ = _forward(x, dt, A[None], B, C, D, initial_state, output_final_state)

@@ -17,11 +17,11 @@ LOWEST = tl.constexpr(-104.0)
 
 
 @triton.jit
-def load(pointer, first, start, stop, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows ``first`` to ``first + ROWS`` as far as they lie in [start, stop), in the dtype they are stored in."""
+def load(pointer, first, stop, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows ``first`` to ``first + ROWS`` as far as they lie before ``stop``, in the dtype they are stored in."""
     row = first + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    inside = ((row >= start) & (row < stop))[:, None] & (column < width)[None, :]
+    inside = (row < stop)[:, None] & (column < width)[None, :]
     return tl.load(pointer + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
 
 

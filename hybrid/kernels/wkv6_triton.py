@@ -107,11 +107,11 @@ def _neighbours(C: tl.constexpr):
 def _past(state, k_ptr, v_ptr, w_ptr, first, stop, k_step, v_step, w_step, width, V, PRECISION: tl.constexpr,
           STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """The state after the steps from ``first``, before ``stop``, given the one before them."""
-    k = load(k_ptr, first, 0, stop, k_step, width, STEPS, BK).to(tl.float32)
-    w = tl.maximum(load(w_ptr, first, 0, stop, w_step, width, STEPS, BK).to(tl.float32), LOWEST)
-    v = load(v_ptr, first, 0, stop, v_step, V, STEPS, BV).to(tl.float32)
+    k = load(k_ptr, first, stop, k_step, width, STEPS, BK).to(tl.float32)
+    w = tl.maximum(load(w_ptr, first, stop, w_step, width, STEPS, BK).to(tl.float32), LOWEST)
+    v = load(v_ptr, first, stop, v_step, V, STEPS, BV).to(tl.float32)
     total = tl.sum(w, 0)
-    faded = k * tl.exp(tl.minimum(total[None, :] - tl.cumsum(w, 0), 0.0))
+    faded = k * tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=True) - w, 0.0))
     return state * tl.exp(total)[:, None] + tl.dot(tl.trans(faded), v, input_precision=PRECISION)
 
 
@@ -119,9 +119,9 @@ def _past(state, k_ptr, v_ptr, w_ptr, first, stop, k_step, v_step, w_step, width
 def _future(dstate, r_ptr, do_ptr, w_ptr, first, T, r_step, do_step, w_step, width, V, PRECISION: tl.constexpr,
             STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """The gradient of the state before the steps from ``first``, given that of the state after them."""
-    r = load(r_ptr, first, 0, T, r_step, width, STEPS, BK).to(tl.float32)
-    w = tl.maximum(load(w_ptr, first, 0, T, w_step, width, STEPS, BK).to(tl.float32), LOWEST)
-    do = load(do_ptr, first, 0, T, do_step, V, STEPS, BV).to(tl.float32)
+    r = load(r_ptr, first, T, r_step, width, STEPS, BK).to(tl.float32)
+    w = tl.maximum(load(w_ptr, first, T, w_step, width, STEPS, BK).to(tl.float32), LOWEST)
+    do = load(do_ptr, first, T, do_step, V, STEPS, BV).to(tl.float32)
     faded = r * tl.exp(tl.minimum(tl.cumsum(w, 0) - w, 0.0))
     return dstate * tl.exp(tl.sum(w, 0))[:, None] + tl.dot(tl.trans(faded), do, input_precision=PRECISION)
 
@@ -143,7 +143,7 @@ def _wkv6_past_kernel(
     v_ptr += b * v_batch + h * V
     state = tl.zeros((BK, BV), dtype=tl.float32)
     if INITIAL:
-        state += load(initial_ptr + head.to(tl.int64) * K * V + k0 * V, 0, 0, width, V, V, BK, BV).to(tl.float32)
+        state += load(initial_ptr + head.to(tl.int64) * K * V + k0 * V, 0, width, V, V, BK, BV).to(tl.float32)
     for n in range(0, programs):
         store(starts_ptr + (head.to(tl.int64) * programs + n) * K * V + k0 * V, state, 0, width, V, V, BK, BV)
         state = _past(state, k_ptr, v_ptr, w_ptr, n * STEPS, T, k_step, v_step, w_step, width, V, PRECISION,
@@ -167,7 +167,7 @@ def _wkv6_future_kernel(
     do_ptr += b * do_batch + h * V
     dstate = tl.zeros((BK, BV), dtype=tl.float32)
     if FINAL:
-        dstate += load(dfinal_ptr + head.to(tl.int64) * K * V + k0 * V, 0, 0, width, V, V, BK, BV).to(tl.float32)
+        dstate += load(dfinal_ptr + head.to(tl.int64) * K * V + k0 * V, 0, width, V, V, BK, BV).to(tl.float32)
     for m in range(0, programs):
         n = programs - 1 - m
         store(ends_ptr + (head.to(tl.int64) * programs + n) * K * V + k0 * V, dstate, 0, width, V, V, BK, BV)
@@ -201,11 +201,11 @@ def _wkv6_forward_kernel(
     stop = tl.minimum(start + chunks_per_program, chunks)
     if WALK:
         at = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * K * V + k0 * V
-        state = load(starts_ptr + at, 0, 0, width, V, V, BK, BV)
+        state = load(starts_ptr + at, 0, width, V, V, BK, BV)
     else:
         state = tl.zeros((BK, BV), dtype=tl.float32)
         if INITIAL:
-            state += load(initial_ptr + state_at, 0, 0, width, V, V, BK, BV).to(tl.float32)
+            state += load(initial_ptr + state_at, 0, width, V, V, BK, BV).to(tl.float32)
         for first in range(0, start * C, AHEAD):  # what came before this program's chunks
             state = _past(state, k_ptr, v_ptr, w_ptr, first, start * C, k_step, v_step, w_step, width, V, PRECISION,
                           AHEAD, BK, BV)  # fmt: skip
@@ -214,15 +214,14 @@ def _wkv6_forward_kernel(
     j = tl.arange(0, C)[None, :]
     for n in range(start, stop):
         first = n * C
-        r = load(r_ptr, first, 0, T, r_step, width, C, BK).to(tl.float32)
-        k = load(k_ptr, first, 0, T, k_step, width, C, BK).to(tl.float32)
-        w = tl.maximum(load(w_ptr, first, 0, T, w_step, width, C, BK).to(tl.float32), LOWEST)
-        v = load(v_ptr, first, 0, T, v_step, V, C, BV).to(tl.float32)
+        r = load(r_ptr, first, T, r_step, width, C, BK).to(tl.float32)
+        k = load(k_ptr, first, T, k_step, width, C, BK).to(tl.float32)
+        w = tl.maximum(load(w_ptr, first, T, w_step, width, C, BK).to(tl.float32), LOWEST)
+        v = load(v_ptr, first, T, v_step, V, C, BV).to(tl.float32)
         if SAVE:
             at = (head.to(tl.int64) * chunks + n) * K * V + k0 * V
             store(borders_ptr + at, state, 0, width, V, V, BK, BV)
-        upto = tl.cumsum(w, 0)
-        before = upto - w
+        before = tl.cumsum(w, 0) - w
         total = tl.sum(w, 0)
         scores = tl.where(i == j, tl.sum(r * u[None, :] * k, 1)[:, None], 0.0)
         for level in tl.static_range(1, LEVELS + 1):
@@ -233,7 +232,7 @@ def _wkv6_forward_kernel(
         o = tl.dot(scores, v, input_precision=PRECISION)
         o += tl.dot(r * tl.exp(before), state, input_precision=PRECISION)
         store(o_ptr, o, first, T, H * V, V, C, BV)
-        faded = k * tl.exp(tl.minimum(total[None, :] - upto, 0.0))
+        faded = k * tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=True) - w, 0.0))
         state = state * tl.exp(total)[:, None] + tl.dot(tl.trans(faded), v, input_precision=PRECISION)
     if FINAL and stop == chunks:
         store(final_ptr + state_at, state, 0, width, V, V, BK, BV)
@@ -269,11 +268,11 @@ def _wkv6_backward_kernel(
     stop = tl.minimum(start + chunks_per_program, chunks)
     if WALK:  # dstate is the gradient of the state that leaves the chunk
         at = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * K * V + k0 * V
-        dstate = load(ends_ptr + at, 0, 0, width, V, V, BK, BV)
+        dstate = load(ends_ptr + at, 0, width, V, V, BK, BV)
     else:
         dstate = tl.zeros((BK, BV), dtype=tl.float32)
         if FINAL:
-            dstate += load(dfinal_ptr + state_at, 0, 0, width, V, V, BK, BV).to(tl.float32)
+            dstate += load(dfinal_ptr + state_at, 0, width, V, V, BK, BV).to(tl.float32)
         blocks = tl.cdiv(tl.maximum(T - stop * C, 0), AHEAD)
         for m in range(0, blocks):  # what comes after this program's chunks, from the end
             first = stop * C + (blocks - 1 - m) * AHEAD
@@ -286,18 +285,17 @@ def _wkv6_backward_kernel(
     for m in range(0, stop - start):
         n = stop - 1 - m
         first = n * C
-        r = load(r_ptr, first, 0, T, r_step, width, C, BK).to(tl.float32)
-        k = load(k_ptr, first, 0, T, k_step, width, C, BK).to(tl.float32)
-        w = tl.maximum(load(w_ptr, first, 0, T, w_step, width, C, BK).to(tl.float32), LOWEST)
-        v = load(v_ptr, first, 0, T, v_step, V, C, BV).to(tl.float32)
-        do = load(do_ptr, first, 0, T, do_step, V, C, BV).to(tl.float32)
+        r = load(r_ptr, first, T, r_step, width, C, BK).to(tl.float32)
+        k = load(k_ptr, first, T, k_step, width, C, BK).to(tl.float32)
+        w = tl.maximum(load(w_ptr, first, T, w_step, width, C, BK).to(tl.float32), LOWEST)
+        v = load(v_ptr, first, T, v_step, V, C, BV).to(tl.float32)
+        do = load(do_ptr, first, T, do_step, V, C, BV).to(tl.float32)
         at = (head.to(tl.int64) * chunks + n) * K * V + k0 * V
-        state = load(borders_ptr + at, 0, 0, width, V, V, BK, BV)
-        upto = tl.cumsum(w, 0)
-        before = upto - w
+        state = load(borders_ptr + at, 0, width, V, V, BK, BV)
+        before = tl.cumsum(w, 0) - w
         total = tl.sum(w, 0)
         entering = tl.exp(tl.minimum(before, 0.0))
-        leaving = tl.exp(tl.minimum(total[None, :] - upto, 0.0))
+        leaving = tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=True) - w, 0.0))
 
         dscores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         own = tl.sum(tl.where(i == j, dscores, 0.0), 1)[:, None]
@@ -358,6 +356,7 @@ def _forward(
     borders = v.new_empty((B, H, chunks, K, V) if save else (0,), dtype=_STATE)
     r, k, v, w = (with_dense_heads(x) for x in (r, k, v, w))
     u = with_dense_models(u)
+    initial_state = None if initial_state is None else initial_state.contiguous()
     starts = v.new_empty(B, H, programs, K, V, dtype=_STATE) if launch.walk else None
     tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
@@ -402,7 +401,7 @@ def _backward(
     dinitial = v.new_empty((B, H, K, V) if initial else (0,), dtype=_STATE)
     dfinal = None if dfinal is None else dfinal.contiguous()
     r, k, v, w, do = (with_dense_heads(x) for x in (r, k, v, w, do))
-    u = with_dense_models(u)
+    u, borders = with_dense_models(u), borders.contiguous()
     ends = v.new_empty(B, H, programs, K, V, dtype=_STATE) if launch.walk else None
     tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
@@ -455,9 +454,9 @@ register_seeds(_backward)
 def wkv6_triton(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``hybrid.kernels.wkv6``; inputs in any of float32, bfloat16 and float16, arithmetic in float32."""
+    """As ``hybrid.kernels.wkv6``; inputs in any of float32, bfloat16 and float16, products in TF32 for the last two."""
     check_dtypes("wkv6", r, k, v, w, u)
-    initial_state = None if initial_state is None else initial_state.float().contiguous()
+    initial_state = None if initial_state is None else initial_state.float()
     # One set of bonuses for the whole batch; stacked models (vmap) have several.
     o, state, _ = _forward(r, k, v, w, u[None], initial_state, output_final_state, torch.is_grad_enabled())
     return o, state if output_final_state else None

@@ -52,11 +52,6 @@ class Leaf:
     def sizes(self) -> list[int]:
         return [shape.numel() for shape in self.shapes]
 
-    @property
-    def layout(self) -> list[tuple[str, bool]]:
-        """Which number is whose: moments that were saved with another one do not belong to these values."""
-        return list(zip(self.names, self.turned, strict=True))
-
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """By name, [members, *shape]."""
         pieces = flat.split(self.sizes, dim=1)

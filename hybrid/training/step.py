@@ -212,18 +212,13 @@ class StackStep:
             for i, leaf in whole["state"].items()
         }
         groups = [
-            {**group, "lr": peaks[member], "peak_lr": peaks[member], "layout": leaf.layout}
-            for group, peaks, leaf in zip(whole["param_groups"], self.peaks, self.stack.leaves, strict=True)
+            {**group, "lr": peaks[member], "peak_lr": peaks[member]}
+            for group, peaks in zip(whole["param_groups"], self.peaks, strict=True)
         ]
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state(self, member: int, state: dict[str, Any]) -> None:
-        """Raises ``ValueError`` for a state whose numbers are laid out in another way."""
         for i, group in enumerate(self.optimizer.param_groups):
-            layout = self.stack.leaves[i].layout
-            before = [(name, False) for name, _ in layout]  # of states that say nothing
-            if state["param_groups"][i].get("layout", before) != layout:
-                raise ValueError("the optimiser's state was saved by another version, or of another model")
             mine = self.optimizer.state[group["params"][0]]
             for key, value in state["state"][i].items():
                 if value.ndim:

@@ -116,15 +116,18 @@ def test_wrong_shapes_are_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wkv6", "device", "width", "serves"),
+    ("wkv6", "device", "width", "rank", "serves"),
     [
-        ("triton+fla", "cuda", 128, "triton"),
-        ("triton", "cuda", 256, "triton"),
-        ("triton+fla", "cuda", 320, "torch"),
-        ("torch", "cuda", 128, "torch"),
-        ("auto", "cpu", 128, "torch"),
+        ("triton+fla", "cuda", 128, 32, "triton"),
+        ("triton", "cuda", 256, 64, "triton"),
+        ("triton+fla", "cuda", 320, 32, "torch"),
+        ("triton+fla", "cuda", 128, 96, "torch"),
+        ("torch", "cuda", 128, 32, "torch"),
+        ("auto", "cpu", 128, 32, "torch"),
     ],
 )
-def test_what_serves(wkv6: str, device: str, width: int, serves: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_serves(
+    wkv6: str, device: str, width: int, rank: int, serves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hybrid.kernels._INSTALLED", {"triton": True, "fla": True, "mamba_ssm": True})
-    assert ddlerp_backend(wkv6, device, width) == serves
+    assert ddlerp_backend(wkv6, device, width, rank) == serves

@@ -227,7 +227,7 @@ def test_attention_between_the_branches_has_no_shares():
 
 def test_an_update_is_one_step_of_adamw_at_the_peak(small):
     """Against the formulas of AdamW (Loshchilov and Hutter 2019), from the gradients of the same four batches."""
-    cfg = small.config("optim.grad_clip=0", "optim.mamba_lr_mult=0.5")
+    cfg = small.config("optim.grad_clip=0", "optim.mamba_lr_mult=0.5", "optim.weight_decay=5")
     corpus = check_data(cfg)
     model = build_model(cfg).eval()
     stir(model)
@@ -251,7 +251,7 @@ def test_an_update_is_one_step_of_adamw_at_the_peak(small):
         for name, p in model.named_parameters():
             if mark in name:
                 step = (first[name] / (1 - 0.9**4)) / ((second[name] / (1 - 0.95**4)).sqrt() + 1e-8)
-                decay = 0.1 if p.ndim == 2 and not getattr(p, "_no_weight_decay", False) else 0.0
+                decay = 5.0 if p.ndim == 2 and not getattr(p, "_no_weight_decay", False) else 0.0
                 moved += (lr * (step + decay * p.detach())).square().sum().item()
                 weights += p.detach().square().sum().item()
         assert ratios[group] == pytest.approx(math.sqrt(moved / weights), rel=1e-3)

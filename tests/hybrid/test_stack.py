@@ -68,7 +68,7 @@ def test_matrices_in_lower_precision_lie_as_their_gradients_come(small: Setting,
     stack = Stack(models, torch.bfloat16, compiled=False)
     for model, before in zip(models, alone, strict=True):
         assert all(x.equal(before.state_dict()[name]) for name, x in model.state_dict().items())
-    turned = [name for leaf in stack.leaves for name, turn in leaf.layout if turn]
+    turned = [name for leaf in stack.leaves for name, turn in zip(leaf.names, leaf.turned, strict=True) if turn]
     assert len(turned) > 30
     copied = []
     values = stack.values

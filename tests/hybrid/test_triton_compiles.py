@@ -19,7 +19,6 @@ from hybrid.kernels import adamw_triton, conv_triton, ddlerp_triton, ssd_triton,
 H100 = GPUTarget("cuda", 90, 32)
 HALF = {"r", "k", "v", "o", "do", "dr", "dk", "dv", "x", "y", "dx", "dy", "B", "C", "dB", "dC", "dstates"}
 HALF |= {f"{name}{k}" for name in ("y", "dy") for k in range(5)}
-HALF |= {f"{name}{k}" for name in ("y", "dy") for k in range(5)}
 NUMBERS = {"weight_decay", "beta2", "log_beta1", "log_beta2", "one_minus_beta1", "one_minus_beta2", "eps", "max_norm"}
 NUMBERS |= {"norm_eps"}
 WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32", "WALK": False}
@@ -28,43 +27,71 @@ DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
 WALK = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32}
 ALONE = {"INITIAL": False, "FINAL": False}
 WITH_STATE = {"INITIAL": True, "FINAL": True}
-CASES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
-    # kernel, constants, tensors that are absent
-    "wkv6 forward": (wkv6_triton._wkv6_forward_kernel, {**WKV6, **ALONE, "SAVE": True}, {"initial", "starts", "final"}),
+FLAT = {"num_stages": 1}
+CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
+    # kernel, constants, tensors that are absent, what it is launched with
+    "wkv6 forward": (
+        wkv6_triton._wkv6_forward_kernel, {**WKV6, **ALONE, "SAVE": True}, {"initial", "starts", "final"},
+        {"num_warps": 1, **FLAT},
+    ),
     "wkv6 forward, walk": (
-        wkv6_triton._wkv6_forward_kernel, {**WKV6, **WITH_STATE, "SAVE": True, "WALK": True}, set()
+        wkv6_triton._wkv6_forward_kernel, {**WKV6, **WITH_STATE, "SAVE": True, "WALK": True}, set(),
+        {"num_warps": 1, **FLAT},
     ),
-    "wkv6 past": (wkv6_triton._wkv6_past_kernel, {**WALK, "INITIAL": True}, set()),
-    "wkv6 backward": (wkv6_triton._wkv6_backward_kernel, {**WKV6, **ALONE}, {"dfinal", "ends", "dinitial"}),
-    "wkv6 backward, walk": (wkv6_triton._wkv6_backward_kernel, {**WKV6, **WITH_STATE, "WALK": True}, set()),
-    "wkv6 backward, float32": (
-        wkv6_triton._wkv6_backward_kernel, {**WKV6, **WITH_STATE, "PRECISION": "tf32x3"}, {"ends"}
+    "wkv6 past": (wkv6_triton._wkv6_past_kernel, {**WALK, "INITIAL": True}, set(), {"num_warps": 2}),
+    "wkv6 backward": (
+        wkv6_triton._wkv6_backward_kernel, {**WKV6, **ALONE}, {"dfinal", "ends", "dinitial"}, {"num_warps": 1, **FLAT}
     ),
-    "wkv6 future": (wkv6_triton._wkv6_future_kernel, {**WALK, "FINAL": True}, set()),
-    "ssd forward, one chunk": (ssd_triton._ssd_forward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders"}),
-    "ssd forward": (ssd_triton._ssd_forward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D"}),
-    "ssd states": (ssd_triton._ssd_states_kernel, {**SSD, **WITH_STATE, "BN": 64}, set()),
+    "wkv6 backward, walk": (
+        wkv6_triton._wkv6_backward_kernel, {**WKV6, **WITH_STATE, "WALK": True}, set(), {"num_warps": 1, **FLAT}
+    ),
+    "wkv6 backward, float32, wide": (
+        wkv6_triton._wkv6_backward_kernel, {**WKV6, **WITH_STATE, "PRECISION": "tf32x3", "BK": 32, "BV": 64}, {"ends"},
+        {"num_warps": 4, **FLAT},
+    ),
+    "wkv6 future": (wkv6_triton._wkv6_future_kernel, {**WALK, "FINAL": True}, set(), {"num_warps": 2}),
+    "ssd forward, one chunk": (
+        ssd_triton._ssd_forward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders"}, {"num_warps": 4, **FLAT}
+    ),
+    "ssd forward": (
+        ssd_triton._ssd_forward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D"}, {"num_warps": 4, **FLAT}
+    ),
+    "ssd states": (ssd_triton._ssd_states_kernel, {**SSD, **WITH_STATE, "BN": 64}, set(), {"num_warps": 4}),
     "ssd backward, one chunk": (
-        ssd_triton._ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders", "dstates"}
+        ssd_triton._ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders", "dstates"},
+        {"num_warps": 4, **FLAT},
     ),
-    "ssd backward": (ssd_triton._ssd_backward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D", "dD"}),
-    "ssd gradients of states": (ssd_triton._ssd_dstates_kernel, {**SSD, **WITH_STATE, "BN": 64}, set()),
-    "ddlerp forward": (ddlerp_triton._ddlerp_forward_kernel, DDLERP, set()),
-    "ddlerp backward": (ddlerp_triton._ddlerp_backward_kernel, DDLERP, set()),
-    "ddlerp sums": (ddlerp_triton._ddlerp_sums_kernel, DDLERP, set()),
-    "adamw squares": (adamw_triton._squares_kernel, {"BLOCK": 1024}, set()),
-    "adamw": (adamw_triton._adamw_kernel, {"BLOCK": 1024, "CLIP": True}, set()),
-    "conv forward": (conv_triton._conv_forward_kernel, {"STEPS": 16, "BC": 128}, set()),
-    "conv backward": (conv_triton._conv_backward_kernel, {"STEPS": 16, "BC": 128}, set()),
+    "ssd backward": (
+        ssd_triton._ssd_backward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D", "dD"}, {"num_warps": 4, **FLAT}
+    ),
+    "ssd gradients of states": (
+        ssd_triton._ssd_dstates_kernel, {**SSD, **WITH_STATE, "BN": 64}, set(), {"num_warps": 4}
+    ),
+    "ddlerp forward": (ddlerp_triton._ddlerp_forward_kernel, DDLERP, set(), {"num_warps": 8}),
+    "ddlerp backward": (ddlerp_triton._ddlerp_backward_kernel, DDLERP, set(), {"num_warps": 8}),
+    "ddlerp backward, widest": (
+        ddlerp_triton._ddlerp_backward_kernel, {**DDLERP, "STEPS": 16, "BD": 256, "BR": 64}, set(), {"num_warps": 8}
+    ),
+    "ddlerp sums": (ddlerp_triton._ddlerp_sums_kernel, {**DDLERP, "STEPS": 32}, set(), {"num_warps": 4}),
+    "ddlerp sums, widest": (
+        ddlerp_triton._ddlerp_sums_kernel, {**DDLERP, "STEPS": 32, "BD": 256, "BR": 64}, set(), {"num_warps": 8}
+    ),
+    "adamw squares": (adamw_triton._squares_kernel, {"BLOCK": 1024}, set(), {"num_warps": 4}),
+    "adamw": (adamw_triton._adamw_kernel, {"BLOCK": 1024, "CLIP": True}, set(), {"num_warps": 4}),
+    "conv forward": (conv_triton._conv_forward_kernel, {"STEPS": 16, "BC": 128}, set(), {"num_warps": 2}),
+    "conv backward": (conv_triton._conv_backward_kernel, {"STEPS": 16, "BC": 128}, set(), {"num_warps": 2}),
 }  # fmt: skip
+IN_FLOAT32 = ["ddlerp forward", "ddlerp backward", "ddlerp backward, widest", "ddlerp sums", "ddlerp sums, widest"]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_compiles(case: str) -> None:
-    kernel, constants, absent = CASES[case]
-    op = case.split()[0]
+@pytest.mark.parametrize("case, wide", [*((case, False) for case in CASES), *((case, True) for case in IN_FLOAT32)])
+def test_compiles(case: str, wide: bool) -> None:
+    kernel, constants, absent, options = CASES[case]
+    op = case.split()[0].rstrip(",")
     half = HALF | {"ssd": {"borders"}, "ddlerp": {"low", "dlow", "weight"}}.get(op, set())
     half -= {"ddlerp": {"x", "dx"}}.get(op, set())  # the residual stream
+    if wide:
+        half, constants, options = set(), constants | {"PRECISION": "tf32x3"}, options | FLAT
     signature, constexprs = {}, {}
     for index, name in enumerate(kernel.arg_names):
         tensor = name.removesuffix("_ptr")
@@ -75,8 +102,6 @@ def test_compiles(case: str) -> None:
             signature[name] = "*bf16" if tensor in half else "*fp32"
         else:
             signature[name] = "fp32" if name in NUMBERS else "i32"
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs), target=H100, options={"num_warps": 8 if op == "ddlerp" else 4}
-    )
+    compiled = triton.compile(ASTSource(kernel, signature, constexprs), target=H100, options=options)
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= 227 * 1024  # bytes that a program can have on an H100

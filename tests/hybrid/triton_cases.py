@@ -30,6 +30,7 @@ WKV6 = {
     "no decay, no state": (1, 33, 1, 16, 16, (0.0, 0.0), False),
     "extreme": (1, 70, 1, 16, 16, (-20.0, 0.0), True),
     "all e^-20": (1, 40, 1, 16, 16, (-20.0, -20.0), True),
+    "a long sequence, channels in two programs": (1, 257, 1, 40, 20, (-0.1, -0.001), True),
 }
 # batch, T, H, P, G, N, dt range, A range, D, initial state
 SSD = {
@@ -37,6 +38,7 @@ SSD = {
     "one chunk": (2, 50, 2, 16, 1, 16, (0.001, 0.1), (1, 16), True, False),
     "head sizes 20 and 24, groups": (1, 77, 4, 20, 2, 24, (0.001, 0.1), (1, 16), True, True),
     "no skip": (1, 70, 2, 16, 1, 16, (0.001, 0.1), (1, 16), False, False),
+    "a state in two parts": (1, 70, 2, 16, 1, 70, (0.001, 0.1), (1, 16), True, True),
     "no decay": (1, 100, 1, 16, 1, 16, (0.001, 0.1), (1e-9, 1e-9), True, True),
     "extreme": (1, 70, 2, 16, 1, 16, (1e-4, 1.25), (0.01, 16), True, True),
     "all e^-20": (1, 40, 2, 16, 1, 16, (1.25, 1.25), (16, 16), True, True),
@@ -93,6 +95,15 @@ def test_a_step_that_forgets_all(op: str) -> None:
         inputs = {name: x.float().requires_grad_() for name, x in inputs.items()}
         sum(x.sum() for x in fused(op)(**inputs)).backward()
         assert not exact["w"].grad[:, 5].any() and not inputs["w"].grad[:, 5].any()
+
+
+@pytest.mark.parametrize("T", [64, 304])
+def test_many_steps_that_forget_all_before_some_that_do_not(T: int) -> None:
+    """Large decays take no digits from the small ones after them."""
+    inputs = wkv6_inputs((1, T, 1, 16, 16, (-0.001, 0.0), True), torch.Generator().manual_seed(11))
+    inputs["w"][:, torch.arange(T) % 64 < 40] = -104.0
+    errors, _ = compare(fused("wkv6"), wkv6_reference, inputs, "cpu", "float32", {"r", "k", "v"})
+    assert max(errors.values()) <= TOLERANCE["float32"], errors
 
 
 @pytest.mark.parametrize("way", ["one program", "walk"])
@@ -194,6 +205,32 @@ def test_vmap_is_a_loop(op: str) -> None:
         for name, actual, wanted in zip(names, together, expected, strict=True):
             assert wanted.any()
             torch.testing.assert_close(actual[row], wanted, rtol=1e-5, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_models_with_one_sequence_share_a_state(op: str) -> None:
+    """What is shared has no numbers of its own for each model, here not even by sequence."""
+    made = OPS[op][2]((1, 20, *SMALL[op][2:]), torch.Generator().manual_seed(12))
+    inputs = {name: x.float().requires_grad_() for name, x in made.items()}
+    names, own = list(inputs), "v" if op == "wkv6" else "x"
+    several = torch.stack((inputs[own], inputs[own] * 0.9)).detach()
+
+    def out(*values: torch.Tensor) -> torch.Tensor:
+        return fused(op)(**dict(zip(names, values, strict=True)))[0]
+
+    def with_own(x: torch.Tensor) -> list[torch.Tensor]:
+        return [x if name == own else value for name, value in inputs.items()]
+
+    together = torch.vmap(lambda x: out(*with_own(x)))(several)
+    for row, x in zip(together, several, strict=True):
+        torch.testing.assert_close(row, out(*with_own(x)), rtol=1e-5, atol=1e-6)
+    y = out(*inputs.values())
+    cotangents = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(13))
+    found = torch.autograd.grad(y, list(inputs.values()), cotangents, is_grads_batched=True, retain_graph=True)
+    for row, cotangent in enumerate(cotangents):
+        expected = torch.autograd.grad(y, list(inputs.values()), cotangent, retain_graph=True)
+        for actual, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(actual[row], wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("op", OPS)
