@@ -3,7 +3,8 @@
 ``wkv6`` is RWKV-6 (Finch), ``ssd`` is Mamba-2. Backends:
 
 - ``torch``: chunked matrix products in plain PyTorch, any device, the default on CPU (``wkv6.py``, ``ssd.py``);
-- ``triton``: one or two kernels forward and backward each, CUDA (``wkv6_triton.py``, ``ssd_triton.py``);
+- ``triton``: one or two kernels forward and backward each, CUDA (``wkv6_triton.py``, ``ssd_triton.py`` and the
+  ``_programs`` of both);
 - ``fla`` for ``wkv6``: the Triton kernels of flash-linear-attention, CUDA only (``wkv6_fla.py``);
 - ``mamba_ssm`` for ``ssd``: the Triton kernels of mamba_ssm, CUDA only (``ssd_mamba.py``);
 - ``triton+fla``, ``triton+mamba_ssm``: ``triton`` for calls of at most ``LONGEST`` steps whose heads it can hold, the

@@ -23,10 +23,10 @@ def shares(trace: list[dict[str, Any]]) -> dict[str, tuple[float, int]]:
 @pytest.mark.parametrize(
     ("kernel", "region"),
     [
-        ("_wkv6_forward_kernel", "rwkv recurrence"),
+        ("wkv6_forward_kernel", "rwkv recurrence"),
         ("_conv_backward_kernel", "elementwise, reduction"),
         ("chunk_rwkv6_bwd_kernel_dh", "rwkv recurrence"),
-        ("_ssd_backward_kernel", "ssd recurrence"),
+        ("ssd_backward_kernel", "ssd recurrence"),
         ("_chunk_scan_fwd_kernel", "ssd recurrence"),
         ("_forward_kernel", "rwkv or ssd recurrence"),
         ("triton_poi_fused__to_copy_embedding_mul_3", "elementwise, reduction"),
@@ -53,9 +53,9 @@ def test_kernels_of_a_trace_with_gaps_and_overlap() -> None:
         span("cpu_op", "aten::mm", 100, 90),  # on the host: no time of the device
         span("kernel", "nvjet_gemm", 50, 10),  # before the steps
         span("kernel", "nvjet_gemm", 110, 20),
-        span("kernel", "_wkv6_forward_kernel", 120, 20, tid=2),  # overlaps by 10
+        span("kernel", "wkv6_forward_kernel", 120, 20, tid=2),  # overlaps by 10
         span("gpu_memcpy", "Memcpy HtoD", 160, 5),
-        span("kernel", "_wkv6_forward_kernel", 170, 10),
+        span("kernel", "wkv6_forward_kernel", 170, 10),
     ]
     found = analyse({"traceEvents": trace})
     assert (found.kind, found.wall) == ("kernels", 100)

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hybrid.kernels import adamw_triton, conv_triton, ddlerp_triton, ssd_triton, wkv6_triton  # noqa: E402
+from hybrid.kernels import adamw_triton, conv_triton, ddlerp_triton, ssd_programs, wkv6_programs  # noqa: E402
 
 H100 = GPUTarget("cuda", 90, 32)
 HALF = {"r", "k", "v", "o", "do", "dr", "dk", "dv", "x", "y", "dx", "dy", "B", "C", "dB", "dC", "dstates"}
@@ -31,41 +31,41 @@ FLAT = {"num_stages": 1}
 CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     # kernel, constants, tensors that are absent, what it is launched with
     "wkv6 forward": (
-        wkv6_triton._wkv6_forward_kernel, {**WKV6, **ALONE, "SAVE": True}, {"initial", "starts", "final"},
+        wkv6_programs.wkv6_forward_kernel, {**WKV6, **ALONE, "SAVE": True}, {"initial", "starts", "final"},
         {"num_warps": 1, **FLAT},
     ),
     "wkv6 forward, walk": (
-        wkv6_triton._wkv6_forward_kernel, {**WKV6, **WITH_STATE, "SAVE": True, "WALK": True}, set(),
+        wkv6_programs.wkv6_forward_kernel, {**WKV6, **WITH_STATE, "SAVE": True, "WALK": True}, set(),
         {"num_warps": 1, **FLAT},
     ),
-    "wkv6 past": (wkv6_triton._wkv6_past_kernel, {**WALK, "INITIAL": True}, set(), {"num_warps": 2}),
+    "wkv6 past": (wkv6_programs.wkv6_past_kernel, {**WALK, "INITIAL": True}, set(), {"num_warps": 2}),
     "wkv6 backward": (
-        wkv6_triton._wkv6_backward_kernel, {**WKV6, **ALONE}, {"dfinal", "ends", "dinitial"}, {"num_warps": 1, **FLAT}
+        wkv6_programs.wkv6_backward_kernel, {**WKV6, **ALONE}, {"dfinal", "ends", "dinitial"}, {"num_warps": 1, **FLAT}
     ),
     "wkv6 backward, walk": (
-        wkv6_triton._wkv6_backward_kernel, {**WKV6, **WITH_STATE, "WALK": True}, set(), {"num_warps": 1, **FLAT}
+        wkv6_programs.wkv6_backward_kernel, {**WKV6, **WITH_STATE, "WALK": True}, set(), {"num_warps": 1, **FLAT}
     ),
     "wkv6 backward, float32, wide": (
-        wkv6_triton._wkv6_backward_kernel, {**WKV6, **WITH_STATE, "PRECISION": "tf32x3", "BK": 32, "BV": 64}, {"ends"},
+        wkv6_programs.wkv6_backward_kernel, {**WKV6, **WITH_STATE, "PRECISION": "tf32x3", "BK": 32, "BV": 64}, {"ends"},
         {"num_warps": 4, **FLAT},
     ),
-    "wkv6 future": (wkv6_triton._wkv6_future_kernel, {**WALK, "FINAL": True}, set(), {"num_warps": 2}),
+    "wkv6 future": (wkv6_programs.wkv6_future_kernel, {**WALK, "FINAL": True}, set(), {"num_warps": 2}),
     "ssd forward, one chunk": (
-        ssd_triton._ssd_forward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders"}, {"num_warps": 4, **FLAT}
+        ssd_programs.ssd_forward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders"}, {"num_warps": 4, **FLAT}
     ),
     "ssd forward": (
-        ssd_triton._ssd_forward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D"}, {"num_warps": 4, **FLAT}
+        ssd_programs.ssd_forward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D"}, {"num_warps": 4, **FLAT}
     ),
-    "ssd states": (ssd_triton._ssd_states_kernel, {**SSD, **WITH_STATE, "BN": 64}, set(), {"num_warps": 4}),
+    "ssd states": (ssd_programs.ssd_states_kernel, {**SSD, **WITH_STATE, "BN": 64}, set(), {"num_warps": 4}),
     "ssd backward, one chunk": (
-        ssd_triton._ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders", "dstates"},
+        ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders", "dstates"},
         {"num_warps": 4, **FLAT},
     ),
     "ssd backward": (
-        ssd_triton._ssd_backward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D", "dD"}, {"num_warps": 4, **FLAT}
+        ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D", "dD"}, {"num_warps": 4, **FLAT}
     ),
     "ssd gradients of states": (
-        ssd_triton._ssd_dstates_kernel, {**SSD, **WITH_STATE, "BN": 64}, set(), {"num_warps": 4}
+        ssd_programs.ssd_dstates_kernel, {**SSD, **WITH_STATE, "BN": 64}, set(), {"num_warps": 4}
     ),
     "ddlerp forward": (ddlerp_triton._ddlerp_forward_kernel, DDLERP, set(), {"num_warps": 8}),
     "ddlerp backward": (ddlerp_triton._ddlerp_backward_kernel, DDLERP, set(), {"num_warps": 8}),
