@@ -22,12 +22,16 @@ from hybrid.kernels.tiles import LOWEST, load, store
 
 
 @triton.jit
-def ssd_states_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, initial_ptr, borders_ptr, final_ptr,
+def ssd_walk_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, outer_ptr, states_ptr, last_ptr,
     T, H, G, P, N, sequences_per_A, chunks, x_batch, x_step, dt_batch, dt_step, B_batch, B_step,
-    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, LAST: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters each chunk, from the first to the last, for some of its columns."""
+    """The states that enter the chunks, for some of their columns, and the one that leaves the last of them.
+
+    With ``BACK``, from the last to the first, the gradients of those that leave them, and of the one that enters the
+    first; then x are the gradients of outputs, B is C. ``outer`` is what comes from outside of the sequence.
+    """
     low = x_ptr.dtype.element_ty
     head = tl.program_id(0)
     b = (head // H).to(tl.int64)
@@ -39,20 +43,22 @@ def ssd_states_kernel(
     B_ptr += b * B_batch + h // (H // G) * N + column
     A = tl.load(A_ptr + b // sequences_per_A * H + h).to(tl.float32)
     state = tl.zeros((BP, BN), dtype=tl.float32)
-    if INITIAL:
-        state += load(initial_ptr + head.to(tl.int64) * P * N + column, 0, P, N, width, BP, BN).to(tl.float32)
-    for n in range(0, chunks):
-        store(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N + column, state, 0, P, N, width, BP, BN)
+    if OUTER:
+        state += load(outer_ptr + head.to(tl.int64) * P * N + column, 0, P, N, width, BP, BN).to(tl.float32)
+    for m in range(0, chunks):
+        n = chunks - 1 - m if BACK else m
+        store(states_ptr + (head.to(tl.int64) * chunks + n) * P * N + column, state, 0, P, N, width, BP, BN)
         row = n * L + tl.arange(0, L)
         dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
         x = load(x_ptr, n * L, T, x_step, P, L, BP).to(tl.float32)
         B = load(B_ptr, n * L, T, B_step, width, L, BN).to(low)
         a = tl.maximum(dt * A, LOWEST)
+        upto = tl.cumsum(a, 0)
         total = tl.sum(a, 0)
-        gained = x * (dt * tl.exp(tl.minimum(total - tl.cumsum(a, 0), 0.0)))[:, None]
-        state = state * tl.exp(total) + tl.dot(tl.trans(gained.to(low)), B)
-    if FINAL:
-        store(final_ptr + head.to(tl.int64) * P * N + column, state, 0, P, N, width, BP, BN)
+        share = tl.exp(upto) if BACK else dt * tl.exp(tl.minimum(total - upto, 0.0))
+        state = state * tl.exp(total) + tl.dot(tl.trans((x * share[:, None]).to(low)), B)
+    if LAST:
+        store(last_ptr + head.to(tl.int64) * P * N + column, state, 0, P, N, width, BP, BN)
 
 
 @triton.jit
@@ -89,40 +95,6 @@ def ssd_forward_kernel(
         state = load(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N, 0, P, N, N, BP, BN)
         y += tl.dot(C, tl.trans(state)) * tl.exp(upto)[:, None]
     store(y_ptr + (b * T * H + h) * P, y, first, T, H * P, P, L, BP)
-
-
-@triton.jit
-def ssd_dstates_kernel(
-    dt_ptr, A_ptr, C_ptr, dy_ptr, dfinal_ptr, dstates_ptr, dinitial_ptr,
-    T, H, G, P, N, sequences_per_A, chunks, dt_batch, dt_step, C_batch, C_step, dy_batch, dy_step,
-    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the state that leaves each chunk, from the last to the first, for some of its columns."""
-    low = dy_ptr.dtype.element_ty
-    head = tl.program_id(0)
-    b = (head // H).to(tl.int64)
-    h = head % H
-    column = tl.program_id(1) * BN
-    width = N - column
-    dt_ptr += b * dt_batch + h
-    C_ptr += b * C_batch + h // (H // G) * N + column
-    dy_ptr += b * dy_batch + h * P
-    A = tl.load(A_ptr + b // sequences_per_A * H + h).to(tl.float32)
-    dstate = tl.zeros((BP, BN), dtype=tl.float32)
-    if FINAL:
-        dstate += load(dfinal_ptr + head.to(tl.int64) * P * N + column, 0, P, N, width, BP, BN).to(tl.float32)
-    for m in range(0, chunks):
-        n = chunks - 1 - m
-        store(dstates_ptr + (head.to(tl.int64) * chunks + n) * P * N + column, dstate, 0, P, N, width, BP, BN)
-        row = n * L + tl.arange(0, L)
-        dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
-        dy = load(dy_ptr, n * L, T, dy_step, P, L, BP).to(tl.float32)
-        C = load(C_ptr, n * L, T, C_step, width, L, BN).to(low)
-        a = tl.maximum(dt * A, LOWEST)
-        faded = dy * tl.exp(tl.cumsum(a, 0))[:, None]
-        dstate = dstate * tl.exp(tl.sum(a, 0)) + tl.dot(tl.trans(faded.to(low)), C)
-    if INITIAL:
-        store(dinitial_ptr + head.to(tl.int64) * P * N + column, dstate, 0, P, N, width, BP, BN)
 
 
 @triton.jit

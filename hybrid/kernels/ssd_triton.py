@@ -9,12 +9,7 @@ import triton
 from torch import Tensor
 
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.ssd_programs import (
-    ssd_backward_kernel,
-    ssd_dstates_kernel,
-    ssd_forward_kernel,
-    ssd_states_kernel,
-)
+from hybrid.kernels.ssd_programs import ssd_backward_kernel, ssd_forward_kernel, ssd_walk_kernel
 from hybrid.kernels.tiles import (
     check_dtypes,
     power_of_two,
@@ -73,9 +68,9 @@ def _forward(
     with torch.cuda.device_of(x):
         if borders.numel():
             some = min(_COLUMNS, columns)
-            ssd_states_kernel[batch * H, triton.cdiv(N, some)](
+            ssd_walk_kernel[batch * H, triton.cdiv(N, some)](
                 x, dt, A, B, initial_state, borders, final_state, *sizes, *strides(x, dt, B),
-                L=launch.chunk, BP=rows, BN=some, INITIAL=initial_state is not None, FINAL=final,
+                L=launch.chunk, BP=rows, BN=some, OUTER=initial_state is not None, LAST=final, BACK=False,
                 num_warps=launch.num_warps,
             )  # fmt: skip
         ssd_forward_kernel[batch * H, chunks](
@@ -116,10 +111,10 @@ def _backward(
     with torch.cuda.device_of(x):
         if borders.numel():
             some = min(_COLUMNS, columns)
-            ssd_dstates_kernel[batch * H, triton.cdiv(N, some)](
-                dt, A, C, dy, None if dfinal is None else dfinal.contiguous(), dstates, dinitial,
-                *sizes, *strides(dt, C, dy),
-                L=launch.chunk, BP=rows, BN=some, INITIAL=initial, FINAL=dfinal is not None,
+            ssd_walk_kernel[batch * H, triton.cdiv(N, some)](
+                dy, dt, A, C, None if dfinal is None else dfinal.contiguous(), dstates, dinitial,
+                *sizes, *strides(dy, dt, C),
+                L=launch.chunk, BP=rows, BN=some, OUTER=dfinal is not None, LAST=initial, BACK=True,
                 num_warps=launch.num_warps,
             )  # fmt: skip
         ssd_backward_kernel[batch * H, chunks](

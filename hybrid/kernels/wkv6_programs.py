@@ -56,75 +56,45 @@ def _neighbours(C: tl.constexpr):
 
 
 @triton.jit
-def _past(state, k_ptr, v_ptr, w_ptr, first, stop, k_step, v_step, w_step, width, V, PRECISION: tl.constexpr,
-          STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
-    """The state after the steps from ``first``, before ``stop``, given the one before them."""
-    k = load(k_ptr, first, stop, k_step, width, STEPS, BK).to(tl.float32)
+def _over(state, a_ptr, b_ptr, w_ptr, first, stop, a_step, b_step, w_step, width, V, BACK: tl.constexpr,
+          PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+    """The state after the steps from ``first``, before ``stop``, given the one before them; a are keys, b values.
+
+    With ``BACK`` the gradient of the state before them, given that of the one after them; a are receptances, b the
+    gradients of outputs.
+    """
+    a = load(a_ptr, first, stop, a_step, width, STEPS, BK).to(tl.float32)
     w = tl.maximum(load(w_ptr, first, stop, w_step, width, STEPS, BK).to(tl.float32), LOWEST)
-    v = load(v_ptr, first, stop, v_step, V, STEPS, BV).to(tl.float32)
-    total = tl.sum(w, 0)
-    faded = k * tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=True) - w, 0.0))
-    return state * tl.exp(total)[:, None] + tl.dot(tl.trans(faded), v, input_precision=PRECISION)
+    b = load(b_ptr, first, stop, b_step, V, STEPS, BV).to(tl.float32)
+    faded = a * tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=not BACK) - w, 0.0))
+    return state * tl.exp(tl.sum(w, 0))[:, None] + tl.dot(tl.trans(faded), b, input_precision=PRECISION)
 
 
 @triton.jit
-def _future(dstate, r_ptr, do_ptr, w_ptr, first, T, r_step, do_step, w_step, width, V, PRECISION: tl.constexpr,
-            STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
-    """The gradient of the state before the steps from ``first``, given that of the state after them."""
-    r = load(r_ptr, first, T, r_step, width, STEPS, BK).to(tl.float32)
-    w = tl.maximum(load(w_ptr, first, T, w_step, width, STEPS, BK).to(tl.float32), LOWEST)
-    do = load(do_ptr, first, T, do_step, V, STEPS, BV).to(tl.float32)
-    faded = r * tl.exp(tl.minimum(tl.cumsum(w, 0) - w, 0.0))
-    return dstate * tl.exp(tl.sum(w, 0))[:, None] + tl.dot(tl.trans(faded), do, input_precision=PRECISION)
-
-
-@triton.jit
-def wkv6_past_kernel(
-    k_ptr, v_ptr, w_ptr, initial_ptr, starts_ptr, T, H, K, V, programs,
-    k_batch, k_step, v_batch, v_step, w_batch, w_step,
-    PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr,
+def wkv6_walk_kernel(
+    a_ptr, b_ptr, w_ptr, outer_ptr, states_ptr, T, H, K, V, programs,
+    a_batch, a_step, b_batch, b_step, w_batch, w_step,
+    PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OUTER: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """The states with which programs of ``STEPS`` steps start, from the first to the last."""
+    """The states with which programs of ``STEPS`` steps start; with ``BACK``, from the last to the first, the gradients
+    of those with which they end. a and b are as in ``_over``; ``outer`` is what comes from outside of the sequence."""
     head = tl.program_id(0)
-    b = (head // H).to(tl.int64)
+    sequence = (head // H).to(tl.int64)
     h = head % H
     k0 = tl.program_id(1) * BK
     width = K - k0
-    k_ptr += b * k_batch + h * K + k0
-    w_ptr += b * w_batch + h * K + k0
-    v_ptr += b * v_batch + h * V
+    a_ptr += sequence * a_batch + h * K + k0
+    w_ptr += sequence * w_batch + h * K + k0
+    b_ptr += sequence * b_batch + h * V
     state = tl.zeros((BK, BV), dtype=tl.float32)
-    if INITIAL:
-        state += load(initial_ptr + head.to(tl.int64) * K * V + k0 * V, 0, width, V, V, BK, BV).to(tl.float32)
-    for n in range(0, programs):
-        store(starts_ptr + (head.to(tl.int64) * programs + n) * K * V + k0 * V, state, 0, width, V, V, BK, BV)
-        state = _past(state, k_ptr, v_ptr, w_ptr, n * STEPS, T, k_step, v_step, w_step, width, V, PRECISION,
-                      STEPS, BK, BV)  # fmt: skip
-
-
-@triton.jit
-def wkv6_future_kernel(
-    r_ptr, w_ptr, do_ptr, dfinal_ptr, ends_ptr, T, H, K, V, programs,
-    r_batch, r_step, w_batch, w_step, do_batch, do_step,
-    PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FINAL: tl.constexpr,
-):  # fmt: skip
-    """The gradients of the states with which programs of ``STEPS`` steps end, from the last to the first."""
-    head = tl.program_id(0)
-    b = (head // H).to(tl.int64)
-    h = head % H
-    k0 = tl.program_id(1) * BK
-    width = K - k0
-    r_ptr += b * r_batch + h * K + k0
-    w_ptr += b * w_batch + h * K + k0
-    do_ptr += b * do_batch + h * V
-    dstate = tl.zeros((BK, BV), dtype=tl.float32)
-    if FINAL:
-        dstate += load(dfinal_ptr + head.to(tl.int64) * K * V + k0 * V, 0, width, V, V, BK, BV).to(tl.float32)
+    if OUTER:
+        state += load(outer_ptr + head.to(tl.int64) * K * V + k0 * V, 0, width, V, V, BK, BV).to(tl.float32)
     for m in range(0, programs):
-        n = programs - 1 - m
-        store(ends_ptr + (head.to(tl.int64) * programs + n) * K * V + k0 * V, dstate, 0, width, V, V, BK, BV)
-        dstate = _future(dstate, r_ptr, do_ptr, w_ptr, n * STEPS, T, r_step, do_step, w_step, width, V, PRECISION,
-                         STEPS, BK, BV)  # fmt: skip
+        n = programs - 1 - m if BACK else m
+        store(states_ptr + (head.to(tl.int64) * programs + n) * K * V + k0 * V, state, 0, width, V, V, BK, BV)
+        state = _over(state, a_ptr, b_ptr, w_ptr, n * STEPS, T, a_step, b_step, w_step, width, V, BACK, PRECISION,
+                      STEPS, BK, BV)  # fmt: skip
 
 
 @triton.jit
@@ -159,8 +129,8 @@ def wkv6_forward_kernel(
         if INITIAL:
             state += load(initial_ptr + state_at, 0, width, V, V, BK, BV).to(tl.float32)
         for first in range(0, start * C, AHEAD):  # what came before this program's chunks
-            state = _past(state, k_ptr, v_ptr, w_ptr, first, start * C, k_step, v_step, w_step, width, V, PRECISION,
-                          AHEAD, BK, BV)  # fmt: skip
+            state = _over(state, k_ptr, v_ptr, w_ptr, first, start * C, k_step, v_step, w_step, width, V, False,
+                          PRECISION, AHEAD, BK, BV)  # fmt: skip
 
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -228,8 +198,8 @@ def wkv6_backward_kernel(
         blocks = tl.cdiv(tl.maximum(T - stop * C, 0), AHEAD)
         for m in range(0, blocks):  # what comes after this program's chunks, from the end
             first = stop * C + (blocks - 1 - m) * AHEAD
-            dstate = _future(dstate, r_ptr, do_ptr, w_ptr, first, T, r_step, do_step, w_step, width, V, PRECISION,
-                             AHEAD, BK, BV)  # fmt: skip
+            dstate = _over(dstate, r_ptr, do_ptr, w_ptr, first, T, r_step, do_step, w_step, width, V, True,
+                           PRECISION, AHEAD, BK, BV)  # fmt: skip
 
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]

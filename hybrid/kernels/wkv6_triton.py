@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, power_of_two, precision, strides, with_dense_heads, with_dense_models
-from hybrid.kernels.wkv6_programs import wkv6_backward_kernel, wkv6_forward_kernel, wkv6_future_kernel, wkv6_past_kernel
+from hybrid.kernels.wkv6_programs import wkv6_backward_kernel, wkv6_forward_kernel, wkv6_walk_kernel
 
 CHUNK = 16  # steps: the smallest side of a tile product
 LEVELS = CHUNK.bit_length() - 2  # of halving a chunk, before pairs of neighbours are left
@@ -65,9 +65,10 @@ def _forward(
     tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
         if launch.walk:
-            wkv6_past_kernel[B * H, parts](
+            wkv6_walk_kernel[B * H, parts](
                 k, v, w, initial_state, starts, T, H, K, V, programs, *strides(k, v, w),
-                **tiles, STEPS=launch.chunks_per_program * CHUNK, INITIAL=initial_state is not None, num_warps=2,
+                **tiles, STEPS=launch.chunks_per_program * CHUNK, OUTER=initial_state is not None, BACK=False,
+                num_warps=2,
             )  # fmt: skip
         wkv6_forward_kernel[B * H, programs, parts](
             r, k, v, w, u, initial_state, starts, o, final_state, borders,
@@ -110,9 +111,9 @@ def _backward(
     tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
         if launch.walk:
-            wkv6_future_kernel[B * H, parts](
-                r, w, do, dfinal, ends, T, H, K, V, programs, *strides(r, w, do),
-                **tiles, STEPS=launch.chunks_per_program * CHUNK, FINAL=dfinal is not None, num_warps=2,
+            wkv6_walk_kernel[B * H, parts](
+                r, do, w, dfinal, ends, T, H, K, V, programs, *strides(r, do, w),
+                **tiles, STEPS=launch.chunks_per_program * CHUNK, OUTER=dfinal is not None, BACK=True, num_warps=2,
             )  # fmt: skip
         wkv6_backward_kernel[B * H, programs, parts](
             r, k, v, w, u, borders, do, dfinal, ends, dr, dk, dv, dw, du, dinitial,

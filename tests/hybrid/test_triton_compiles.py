@@ -24,7 +24,8 @@ NUMBERS |= {"norm_eps"}
 WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32", "WALK": False}
 SSD = {"L": 64, "BP": 64, "BN": 128}
 DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
-WALK = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32}
+WALK = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32, "OUTER": True}
+ENDS = {"BN": 64, "OUTER": True, "LAST": True}
 ALONE = {"INITIAL": False, "FINAL": False}
 WITH_STATE = {"INITIAL": True, "FINAL": True}
 FLAT = {"num_stages": 1}
@@ -38,7 +39,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
         wkv6_programs.wkv6_forward_kernel, {**WKV6, **WITH_STATE, "SAVE": True, "WALK": True}, set(),
         {"num_warps": 1, **FLAT},
     ),
-    "wkv6 past": (wkv6_programs.wkv6_past_kernel, {**WALK, "INITIAL": True}, set(), {"num_warps": 2}),
+    "wkv6 walk": (wkv6_programs.wkv6_walk_kernel, {**WALK, "BACK": False}, set(), {"num_warps": 2}),
     "wkv6 backward": (
         wkv6_programs.wkv6_backward_kernel, {**WKV6, **ALONE}, {"dfinal", "ends", "dinitial"}, {"num_warps": 1, **FLAT}
     ),
@@ -49,14 +50,14 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
         wkv6_programs.wkv6_backward_kernel, {**WKV6, **WITH_STATE, "PRECISION": "tf32x3", "BK": 32, "BV": 64}, {"ends"},
         {"num_warps": 4, **FLAT},
     ),
-    "wkv6 future": (wkv6_programs.wkv6_future_kernel, {**WALK, "FINAL": True}, set(), {"num_warps": 2}),
+    "wkv6 walk back": (wkv6_programs.wkv6_walk_kernel, {**WALK, "BACK": True}, set(), {"num_warps": 2}),
     "ssd forward, one chunk": (
         ssd_programs.ssd_forward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders"}, {"num_warps": 4, **FLAT}
     ),
     "ssd forward": (
         ssd_programs.ssd_forward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D"}, {"num_warps": 4, **FLAT}
     ),
-    "ssd states": (ssd_programs.ssd_states_kernel, {**SSD, **WITH_STATE, "BN": 64}, set(), {"num_warps": 4}),
+    "ssd walk": (ssd_programs.ssd_walk_kernel, {**SSD, **ENDS, "BACK": False}, set(), {"num_warps": 4}),
     "ssd backward, one chunk": (
         ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders", "dstates"},
         {"num_warps": 4, **FLAT},
@@ -64,9 +65,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     "ssd backward": (
         ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D", "dD"}, {"num_warps": 4, **FLAT}
     ),
-    "ssd gradients of states": (
-        ssd_programs.ssd_dstates_kernel, {**SSD, **WITH_STATE, "BN": 64}, set(), {"num_warps": 4}
-    ),
+    "ssd walk back": (ssd_programs.ssd_walk_kernel, {**SSD, **ENDS, "BACK": True}, set(), {"num_warps": 4}),
     "ddlerp forward": (ddlerp_triton._ddlerp_forward_kernel, DDLERP, set(), {"num_warps": 8}),
     "ddlerp backward": (ddlerp_triton._ddlerp_backward_kernel, DDLERP, set(), {"num_warps": 8}),
     "ddlerp backward, widest": (
@@ -88,7 +87,7 @@ IN_FLOAT32 = ["ddlerp forward", "ddlerp backward", "ddlerp backward, widest", "d
 def test_compiles(case: str, wide: bool) -> None:
     kernel, constants, absent, options = CASES[case]
     op = case.split()[0].rstrip(",")
-    half = HALF | {"ssd": {"borders"}, "ddlerp": {"low", "dlow", "weight"}}.get(op, set())
+    half = HALF | {"wkv6": {"a", "b"}, "ssd": {"borders", "states"}, "ddlerp": {"low", "dlow", "weight"}}.get(op, set())
     half -= {"ddlerp": {"x", "dx"}}.get(op, set())  # the residual stream
     if wide:
         half, constants, options = set(), constants | {"PRECISION": "tf32x3"}, options | FLAT
