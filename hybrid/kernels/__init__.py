@@ -86,16 +86,20 @@ def serving_backend(op: str, backend: str, device_type: str, steps: int, fits: b
     return short
 
 
+def _by_kernels(op: str, backend: str, device_type: str) -> bool:
+    """Whether kernels serve ``op``, and Triton is there for those of what goes with it."""
+    return resolve_backend(op, backend, device_type) != "torch" and _INSTALLED["triton"]
+
+
 def conv_backend(backend: str, device_type: str, width: int) -> str:
     """What serves the convolution with filters of ``width`` beside an ``ssd`` of ``backend``: "triton" or "torch"."""
-    kernels = resolve_backend("ssd", backend, device_type) != "torch" and _INSTALLED["triton"]
-    return "triton" if kernels and width <= LONGEST_FILTER else "torch"
+    return "triton" if _by_kernels("ssd", backend, device_type) and width <= LONGEST_FILTER else "torch"
 
 
 def ddlerp_backend(backend: str, device_type: str, width: int, rank: int) -> str:
     """What serves a token shift of ``width`` channels beside a ``wkv6`` of ``backend``: "triton" or "torch"."""
-    kernels = resolve_backend("wkv6", backend, device_type) != "torch" and _INSTALLED["triton"]
-    return "triton" if kernels and width <= WIDEST_SHIFT and rank <= HIGHEST_RANK else "torch"
+    fits = width <= WIDEST_SHIFT and rank <= HIGHEST_RANK
+    return "triton" if _by_kernels("wkv6", backend, device_type) and fits else "torch"
 
 
 def _rounded(size: int) -> int:

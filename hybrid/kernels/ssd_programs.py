@@ -62,6 +62,27 @@ def ssd_walk_kernel(
 
 
 @triton.jit
+def _chunk(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, model, b, h, first,
+           x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step,
+           L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """A, and the chunk's dt, x, B, C, a, upto and decay [L,L], exp(upto_i - upto_j) for j <= i and zero elsewhere."""
+    low = x_ptr.dtype.element_ty
+    row = first + tl.arange(0, L)
+    group = h // (H // G)
+    A = tl.load(A_ptr + model * H + h).to(tl.float32)
+    dt = tl.load(dt_ptr + b * dt_batch + h + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
+    x = load(x_ptr + b * x_batch + h * P, first, T, x_step, P, L, BP)
+    B = load(B_ptr + b * B_batch + group * N, first, T, B_step, N, L, BN).to(low)
+    C = load(C_ptr + b * C_batch + group * N, first, T, C_step, N, L, BN).to(low)
+    a = tl.maximum(dt * A, LOWEST)
+    upto = tl.cumsum(a, 0)
+    gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
+    causal = tl.arange(0, L)[:, None] >= tl.arange(0, L)[None, :]
+    decay = tl.exp(tl.where(causal, gap, float("-inf")))
+    return A, dt, x, B, C, a, upto, decay
+
+
+@triton.jit
 def ssd_forward_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, borders_ptr, y_ptr,
     T, H, G, P, N, sequences_per_A, chunks, D_model,
@@ -73,21 +94,13 @@ def ssd_forward_kernel(
     n = tl.program_id(1)
     b = (head // H).to(tl.int64)
     h = head % H
-    group = h // (H // G)
     model = b // sequences_per_A
     first = n * L
-    row = first + tl.arange(0, L)
-    i = tl.arange(0, L)[:, None]
-    j = tl.arange(0, L)[None, :]
-    A = tl.load(A_ptr + model * H + h).to(tl.float32)
-    dt = tl.load(dt_ptr + b * dt_batch + h + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
-    x = load(x_ptr + b * x_batch + h * P, first, T, x_step, P, L, BP)
-    B = load(B_ptr + b * B_batch + group * N, first, T, B_step, N, L, BN).to(low)
-    C = load(C_ptr + b * C_batch + group * N, first, T, C_step, N, L, BN).to(low)
-    upto = tl.cumsum(tl.maximum(dt * A, LOWEST), 0)
-    gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
-    weight = tl.exp(tl.where(i >= j, gap, float("-inf"))) * dt[None, :]
-    scores = tl.dot(C, tl.trans(B)) * weight
+    _, dt, x, B, C, _, upto, decay = _chunk(
+        x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, model, b, h, first,
+        x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, L, BP, BN,
+    )  # fmt: skip
+    scores = tl.dot(C, tl.trans(B)) * (decay * dt[None, :])
     y = tl.dot(scores.to(low), x)
     if SKIP:
         y += tl.load(D_ptr + model * D_model + h).to(tl.float32) * x.to(tl.float32)
@@ -110,23 +123,17 @@ def ssd_backward_kernel(
     n = tl.program_id(1)
     b = (head // H).to(tl.int64)
     h = head % H
-    group = h // (H // G)
     model = b // sequences_per_A
     of_chunk = (b * chunks + n) * H + h
     first = n * L
     row = first + tl.arange(0, L)
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
-    A = tl.load(A_ptr + model * H + h).to(tl.float32)
-    dt = tl.load(dt_ptr + b * dt_batch + h + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
-    x = load(x_ptr + b * x_batch + h * P, first, T, x_step, P, L, BP)
+    A, dt, x, B, C, a, upto, decay = _chunk(
+        x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, model, b, h, first,
+        x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, L, BP, BN,
+    )  # fmt: skip
     dy = load(dy_ptr + b * dy_batch + h * P, first, T, dy_step, P, L, BP).to(low)
-    B = load(B_ptr + b * B_batch + group * N, first, T, B_step, N, L, BN).to(low)
-    C = load(C_ptr + b * C_batch + group * N, first, T, C_step, N, L, BN).to(low)
-    a = tl.maximum(dt * A, LOWEST)
-    upto = tl.cumsum(a, 0)
-    gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
-    decay = tl.exp(tl.where(i >= j, gap, float("-inf")))
     dweighted = tl.dot(dy, tl.trans(x))  # of (weighted scores) dt
     if SKIP:
         tl.store(dD_ptr + of_chunk, tl.sum(tl.sum(tl.where(i == j, dweighted, 0.0), 1), 0))

@@ -45,6 +45,20 @@ def _border_shape(x: Tensor, N: int, stateful: bool) -> tuple[int, ...]:
     return (batch, H, (T + chunk - 1) // chunk, P, N) if stateful or chunk < T else (0,)
 
 
+def _walk(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, outer: Tensor | None, states: Tensor, last: Tensor,
+    sizes: tuple[int, ...], launch: Launch, back: bool,
+) -> None:  # fmt: skip
+    """Fill ``states`` [batch,H,chunks,P,N] and, unless it is empty, ``last`` (``ssd_walk_kernel``)."""
+    P, N = states.shape[-2:]
+    some = min(_COLUMNS, power_of_two(N))
+    outer = None if outer is None else outer.contiguous()
+    ssd_walk_kernel[states.shape[0] * states.shape[1], triton.cdiv(N, some)](
+        x, dt, A, B, outer, states, last, *sizes, *strides(x, dt, B), L=launch.chunk, BP=power_of_two(P), BN=some,
+        OUTER=outer is not None, LAST=last.numel() > 0, BACK=back, num_warps=launch.num_warps,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("groundthink::ssd_triton", mutates_args=())
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None, final: bool
@@ -63,16 +77,10 @@ def _forward(
     borders = x.new_empty(_border_shape(x, N, final or initial_state is not None))
     x, B, C = (with_dense_heads(t) for t in (x, B, C))
     dt, A, D = with_dense_rows(dt), A.contiguous(), None if D is None else with_dense_models(D)
-    initial_state = None if initial_state is None else initial_state.contiguous()
     sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
         if borders.numel():
-            some = min(_COLUMNS, columns)
-            ssd_walk_kernel[batch * H, triton.cdiv(N, some)](
-                x, dt, A, B, initial_state, borders, final_state, *sizes, *strides(x, dt, B),
-                L=launch.chunk, BP=rows, BN=some, OUTER=initial_state is not None, LAST=final, BACK=False,
-                num_warps=launch.num_warps,
-            )  # fmt: skip
+            _walk(x, dt, A, B, initial_state, borders, final_state, sizes, launch, back=False)
         ssd_forward_kernel[batch * H, chunks](
             x, dt, A, B, C, D, borders, y, *sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C),
             L=launch.chunk, BP=rows, BN=columns, SKIP=D is not None, STATE=borders.numel() > 0,
@@ -110,13 +118,7 @@ def _backward(
     sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
         if borders.numel():
-            some = min(_COLUMNS, columns)
-            ssd_walk_kernel[batch * H, triton.cdiv(N, some)](
-                dy, dt, A, C, None if dfinal is None else dfinal.contiguous(), dstates, dinitial,
-                *sizes, *strides(dy, dt, C),
-                L=launch.chunk, BP=rows, BN=some, OUTER=dfinal is not None, LAST=initial, BACK=True,
-                num_warps=launch.num_warps,
-            )  # fmt: skip
+            _walk(dy, dt, A, C, dfinal, dstates, dinitial, sizes, launch, back=True)
         ssd_backward_kernel[batch * H, chunks](
             x, dt, A, B, C, D, borders, dstates, dy, dx, ddt, dA, dB, dC, dD,
             *sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C, dy),

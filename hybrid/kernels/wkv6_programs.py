@@ -11,8 +11,9 @@ and total = upto_C::
     o_i = (r_i exp(before_i)) S + sum_{j<i} A_ij v_j + (r_i . u k_i) v_i,  A_ij = sum_k r_ik k_jk exp(before_i - upto_j)
     S'  = exp(total) S + sum_j (k_j exp(total - upto_j))^T v_j
 
-Every exponent is at most zero and is formed as a sum, never as a difference of large sums, so no decay overflows. For
-A, a chunk is halved again and again. A pair of steps i > j is parted at one of these levels, i in a right half and j in
+Every exponent is at most zero and is a sum of the decays that are in it, or such a sum less its own first or last
+term, never a difference of two sums: no decay overflows, and small ones keep their digits beside large ones. For A, a
+chunk is halved again and again. A pair of steps i > j is parted at one of these levels, i in a right half and j in
 the left one beside it; between them lie the steps before i in its half and those after j in its. So with d_i the decay
 of a step's own side, A_ij = (r_i d_i) . (k_j d_j): each level is one product of tiles. Pairs of neighbours, the last
 level, have nothing between them.
@@ -98,6 +99,37 @@ def wkv6_walk_kernel(
 
 
 @triton.jit
+def _place(r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, H, K, V, u_model, sequences_per_u, r_batch, k_batch, v_batch, w_batch,
+           BK: tl.constexpr):  # fmt: skip
+    """Sequence, head, first channel and channels left of this program, where its inputs begin, and its bonus [BK]."""
+    b = (tl.program_id(0) // H).to(tl.int64)
+    h = tl.program_id(0) % H
+    k0 = tl.program_id(2) * BK
+    width = K - k0
+    of_keys = h * K + k0
+    channel = tl.arange(0, BK)
+    u = tl.load(u_ptr + b // sequences_per_u * u_model + of_keys + channel, mask=channel < width, other=0.0)
+    r_ptr += b * r_batch + of_keys
+    k_ptr += b * k_batch + of_keys
+    v_ptr += b * v_batch + h * V
+    w_ptr += b * w_batch + of_keys
+    return b, h, k0, width, r_ptr, k_ptr, v_ptr, w_ptr, u.to(tl.float32)
+
+
+@triton.jit
+def _chunk(r_ptr, k_ptr, v_ptr, w_ptr, first, T, V, width, r_step, k_step, v_step, w_step,
+           C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+    """The chunk's r, k, v and w, the decays to each step from the chunk's start and from it to the end, and of all."""
+    r = load(r_ptr, first, T, r_step, width, C, BK).to(tl.float32)
+    k = load(k_ptr, first, T, k_step, width, C, BK).to(tl.float32)
+    w = tl.maximum(load(w_ptr, first, T, w_step, width, C, BK).to(tl.float32), LOWEST)
+    v = load(v_ptr, first, T, v_step, V, C, BV).to(tl.float32)
+    entering = tl.exp(tl.minimum(tl.cumsum(w, 0) - w, 0.0))
+    leaving = tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=True) - w, 0.0))
+    return r, k, v, w, entering, leaving, tl.exp(tl.sum(w, 0))
+
+
+@triton.jit
 def wkv6_forward_kernel(
     r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, initial_ptr, starts_ptr, o_ptr, final_ptr, borders_ptr,
     T, H, K, V, u_model, sequences_per_u, chunks, chunks_per_program, o_part,
@@ -106,18 +138,11 @@ def wkv6_forward_kernel(
     PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    b = (head // H).to(tl.int64)
-    h = head % H
-    k0 = tl.program_id(2) * BK
-    width = K - k0
-    r_ptr += b * r_batch + h * K + k0
-    k_ptr += b * k_batch + h * K + k0
-    w_ptr += b * w_batch + h * K + k0
-    v_ptr += b * v_batch + h * V
+    b, h, k0, width, r_ptr, k_ptr, v_ptr, w_ptr, u = _place(
+        r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, H, K, V, u_model, sequences_per_u, r_batch, k_batch, v_batch, w_batch, BK
+    )
     o_ptr += tl.program_id(2).to(tl.int64) * o_part + (b * T * H + h) * V
     state_at = head.to(tl.int64) * K * V + k0 * V
-    u = tl.load(u_ptr + b // sequences_per_u * u_model + h * K + k0 + tl.arange(0, BK),
-                mask=tl.arange(0, BK) < width, other=0.0).to(tl.float32)  # fmt: skip
 
     start = tl.program_id(1) * chunks_per_program
     stop = tl.minimum(start + chunks_per_program, chunks)
@@ -136,15 +161,12 @@ def wkv6_forward_kernel(
     j = tl.arange(0, C)[None, :]
     for n in range(start, stop):
         first = n * C
-        r = load(r_ptr, first, T, r_step, width, C, BK).to(tl.float32)
-        k = load(k_ptr, first, T, k_step, width, C, BK).to(tl.float32)
-        w = tl.maximum(load(w_ptr, first, T, w_step, width, C, BK).to(tl.float32), LOWEST)
-        v = load(v_ptr, first, T, v_step, V, C, BV).to(tl.float32)
+        r, k, v, w, entering, leaving, total = _chunk(
+            r_ptr, k_ptr, v_ptr, w_ptr, first, T, V, width, r_step, k_step, v_step, w_step, C, BK, BV
+        )
         if SAVE:
             at = (head.to(tl.int64) * chunks + n) * K * V + k0 * V
             store(borders_ptr + at, state, 0, width, V, V, BK, BV)
-        before = tl.cumsum(w, 0) - w
-        total = tl.sum(w, 0)
         scores = tl.where(i == j, tl.sum(r * u[None, :] * k, 1)[:, None], 0.0)
         for level in tl.static_range(1, LEVELS + 1):
             within, pairs = _halves(C >> level, C)
@@ -152,10 +174,9 @@ def wkv6_forward_kernel(
             scores += tl.where(pairs, tl.dot(r * decay, tl.trans(k * decay), input_precision=PRECISION), 0.0)
         scores += tl.where(_neighbours(C), tl.dot(r, tl.trans(k), input_precision=PRECISION), 0.0)
         o = tl.dot(scores, v, input_precision=PRECISION)
-        o += tl.dot(r * tl.exp(before), state, input_precision=PRECISION)
+        o += tl.dot(r * entering, state, input_precision=PRECISION)
         store(o_ptr, o, first, T, H * V, V, C, BV)
-        faded = k * tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=True) - w, 0.0))
-        state = state * tl.exp(total)[:, None] + tl.dot(tl.trans(faded), v, input_precision=PRECISION)
+        state = state * total[:, None] + tl.dot(tl.trans(k * leaving), v, input_precision=PRECISION)
     if FINAL and stop == chunks:
         store(final_ptr + state_at, state, 0, width, V, V, BK, BV)
 
@@ -170,21 +191,14 @@ def wkv6_backward_kernel(
     PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    b = (head // H).to(tl.int64)
-    h = head % H
-    k0 = tl.program_id(2) * BK
-    width = K - k0
-    r_ptr += b * r_batch + h * K + k0
-    k_ptr += b * k_batch + h * K + k0
-    w_ptr += b * w_batch + h * K + k0
-    v_ptr += b * v_batch + h * V
+    b, h, k0, width, r_ptr, k_ptr, v_ptr, w_ptr, u = _place(
+        r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, H, K, V, u_model, sequences_per_u, r_batch, k_batch, v_batch, w_batch, BK
+    )
     do_ptr += b * do_batch + h * V
     out = (b * T * H + h) * K + k0
     dv_ptr += tl.program_id(2).to(tl.int64) * dv_part + (b * T * H + h) * V
     state_at = head.to(tl.int64) * K * V + k0 * V
     channel = tl.arange(0, BK)
-    u = tl.load(u_ptr + b // sequences_per_u * u_model + h * K + k0 + channel, mask=channel < width, other=0.0)
-    u = u.to(tl.float32)
 
     start = tl.program_id(1) * chunks_per_program
     stop = tl.minimum(start + chunks_per_program, chunks)
@@ -207,17 +221,12 @@ def wkv6_backward_kernel(
     for m in range(0, stop - start):
         n = stop - 1 - m
         first = n * C
-        r = load(r_ptr, first, T, r_step, width, C, BK).to(tl.float32)
-        k = load(k_ptr, first, T, k_step, width, C, BK).to(tl.float32)
-        w = tl.maximum(load(w_ptr, first, T, w_step, width, C, BK).to(tl.float32), LOWEST)
-        v = load(v_ptr, first, T, v_step, V, C, BV).to(tl.float32)
+        r, k, v, w, entering, leaving, total = _chunk(
+            r_ptr, k_ptr, v_ptr, w_ptr, first, T, V, width, r_step, k_step, v_step, w_step, C, BK, BV
+        )
         do = load(do_ptr, first, T, do_step, V, C, BV).to(tl.float32)
         at = (head.to(tl.int64) * chunks + n) * K * V + k0 * V
         state = load(borders_ptr + at, 0, width, V, V, BK, BV)
-        before = tl.cumsum(w, 0) - w
-        total = tl.sum(w, 0)
-        entering = tl.exp(tl.minimum(before, 0.0))
-        leaving = tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=True) - w, 0.0))
 
         dscores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         own = tl.sum(tl.where(i == j, dscores, 0.0), 1)[:, None]
@@ -230,7 +239,7 @@ def wkv6_backward_kernel(
         # of running sums: taking a term off a running sum would leave its rounding behind.
         dw = tl.dot(tl.where(i < j, 1.0, 0.0), r * dr_state, input_precision=PRECISION)
         dw += tl.dot(tl.where(i > j, 1.0, 0.0), k * dk_state, input_precision=PRECISION)
-        dw += (tl.exp(total) * tl.sum(state * dstate, 1))[None, :]
+        dw += (total * tl.sum(state * dstate, 1))[None, :]
         scores = tl.where(i == j, tl.sum(r * u[None, :] * k, 1)[:, None], 0.0)
         for level in tl.static_range(1, LEVELS + 1):
             within, pairs = _halves(C >> level, C)
@@ -256,7 +265,7 @@ def wkv6_backward_kernel(
         store(dk_ptr + out, dk, first, T, H * K, width, C, BK)
         store(dw_ptr + out, dw, first, T, H * K, width, C, BK)
         store(dv_ptr, dv, first, T, H * V, V, C, BV)
-        dstate = dstate * tl.exp(total)[:, None] + tl.dot(tl.trans(r * entering), do, input_precision=PRECISION)
+        dstate = dstate * total[:, None] + tl.dot(tl.trans(r * entering), do, input_precision=PRECISION)
 
     programs = tl.num_programs(1)
     tl.store(du_ptr + ((b * programs + tl.program_id(1)) * H + h) * K + k0 + channel, du, mask=channel < width)

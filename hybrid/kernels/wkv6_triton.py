@@ -46,6 +46,20 @@ def choose(B: int, T: int, H: int, K: int, V: int, backward: bool) -> Launch:
     return Launch(triton.cdiv(triton.cdiv(T, CHUNK), shared), block_k, warps, walk=False)
 
 
+def _walk(
+    a: Tensor, b: Tensor, w: Tensor, outer: Tensor | None, programs: int, launch: Launch, tiles: dict, back: bool
+) -> Tensor:
+    """The states [B,H,programs,K,V] between programs, or their gradients (``wkv6_walk_kernel``)."""
+    B, T, H, K = w.shape
+    V = b.shape[-1]
+    states = w.new_empty(B, H, programs, K, V, dtype=_STATE)
+    wkv6_walk_kernel[B * H, triton.cdiv(K, launch.block_k)](
+        a, b, w, outer, states, T, H, K, V, programs, *strides(a, b, w),
+        **tiles, STEPS=launch.chunks_per_program * CHUNK, OUTER=outer is not None, BACK=back, num_warps=2,
+    )  # fmt: skip
+    return states
+
+
 @torch.library.custom_op("groundthink::wkv6_triton", mutates_args=())
 def _forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, final: bool, save: bool
@@ -61,15 +75,9 @@ def _forward(
     r, k, v, w = (with_dense_heads(x) for x in (r, k, v, w))
     u = with_dense_models(u)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    starts = v.new_empty(B, H, programs, K, V, dtype=_STATE) if launch.walk else None
     tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
-        if launch.walk:
-            wkv6_walk_kernel[B * H, parts](
-                k, v, w, initial_state, starts, T, H, K, V, programs, *strides(k, v, w),
-                **tiles, STEPS=launch.chunks_per_program * CHUNK, OUTER=initial_state is not None, BACK=False,
-                num_warps=2,
-            )  # fmt: skip
+        starts = _walk(k, v, w, initial_state, programs, launch, tiles, back=False) if launch.walk else None
         wkv6_forward_kernel[B * H, programs, parts](
             r, k, v, w, u, initial_state, starts, o, final_state, borders,
             T, H, K, V, u.stride(0), B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V,
@@ -107,14 +115,9 @@ def _backward(
     dfinal = None if dfinal is None else dfinal.contiguous()
     r, k, v, w, do = (with_dense_heads(x) for x in (r, k, v, w, do))
     u, borders = with_dense_models(u), borders.contiguous()
-    ends = v.new_empty(B, H, programs, K, V, dtype=_STATE) if launch.walk else None
     tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
-        if launch.walk:
-            wkv6_walk_kernel[B * H, parts](
-                r, do, w, dfinal, ends, T, H, K, V, programs, *strides(r, do, w),
-                **tiles, STEPS=launch.chunks_per_program * CHUNK, OUTER=dfinal is not None, BACK=True, num_warps=2,
-            )  # fmt: skip
+        ends = _walk(r, do, w, dfinal, programs, launch, tiles, back=True) if launch.walk else None
         wkv6_backward_kernel[B * H, programs, parts](
             r, k, v, w, u, borders, do, dfinal, ends, dr, dk, dv, dw, du, dinitial,
             T, H, K, V, u.stride(0), B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V,

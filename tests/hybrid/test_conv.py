@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hybrid.kernels import causal_conv, conv_backend
 from tests.hybrid.recurrences import with_gaps
+from tests.hybrid.test_kernels import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "torch"
@@ -44,10 +45,6 @@ def expected(x: Tensor, weight: Tensor, bias: Tensor, share: Tensor, past: Tenso
     return [y, *torch.autograd.grad((y * share.cpu().double()).sum(), (x, weight, bias))]
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    return ((found.detach().cpu().double() - wanted).norm() / wanted.norm()).item()
-
-
 def check(shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> None:
     x, weight, bias, share = inputs(shape, dtype, device)
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
@@ -55,7 +52,7 @@ def check(shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> 
     assert y.dtype == x.dtype
     found = [y, *torch.autograd.grad((y.float() * share).sum(), leaves)]
     for one, wanted in zip(found, expected(x, weight, bias, share), strict=True):
-        assert error(one, wanted) < tolerance
+        assert relative_error(one, wanted) < tolerance
 
 
 def backend_for(device: str) -> str:
@@ -80,14 +77,14 @@ def test_gradients_that_are_not_dense(form: str, device: str, dtype: str, tolera
     y = causal_conv(*leaves, backend=backend_for(device))
     found = torch.autograd.grad(y, leaves, share.to(y.dtype))
     for one, wanted in zip(found, expected(x, weight, bias, share.to(y.dtype))[1:], strict=True):
-        assert error(one, wanted) < tolerance
+        assert relative_error(one, wanted) < tolerance
 
 
 def test_a_past_stands_before_the_first_step() -> None:
     x, weight, bias, share = inputs((2, 20, 12, 4), "float32", "cpu")
     whole = expected(x, weight, bias, share)[0]
     second = causal_conv(x[:, 7:], weight, bias, past=x[:, 4:7], backend=BACKEND)
-    assert error(second, whole[:, 7:]) < 1e-6
+    assert relative_error(second, whole[:, 7:]) < 1e-6
 
 
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
@@ -99,7 +96,7 @@ def test_stacked_models_have_their_own_filters(device: str, dtype: str, toleranc
     for member in range(3):
         wanted = expected(x[member], weight[member], bias[member], share[member])
         for one, alone in zip(found, wanted, strict=True):
-            assert error(one[member], alone) < tolerance
+            assert relative_error(one[member], alone) < tolerance
 
 
 @pytest.mark.parametrize("shapes", [((2, 5, 8), (7, 4), (8,)), ((2, 5, 8), (8, 4), (7,)), ((5, 8), (8, 4), (8,))])

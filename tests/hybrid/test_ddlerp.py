@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybrid.kernels import MIXES, ddlerp, ddlerp_backend
 from tests.hybrid.recurrences import with_gaps
+from tests.hybrid.test_kernels import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # B, T, D, R: single steps, sizes that fill no tile, more tiles than one program of the sums takes
@@ -46,10 +47,6 @@ def expected(values: list[Tensor], shares: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad((y * shares.cpu().double()).sum(), (x, delta, low, weight, bias))]
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    return ((found.detach().cpu().double() - wanted).norm() / wanted.norm()).item()
-
-
 def backend_for(device: str) -> str:
     return "triton" if INTERPRETED else "auto" if device == "cuda" else "torch"
 
@@ -60,7 +57,7 @@ def held_against(values: list[Tensor], shares: Tensor, device: str, tolerance: f
     shares = shares.to(y.dtype)
     found = [y, *torch.autograd.grad((y * shares).sum(), leaves)]
     for name, one, wanted in zip(("y", *NAMES), found, expected(values, shares), strict=True):
-        assert error(one, wanted) < tolerance, name
+        assert relative_error(one, wanted) < tolerance, name
 
 
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
@@ -90,7 +87,7 @@ def test_one_output_alone(device: str, dtype: str, tolerance: float) -> None:
     only = torch.zeros_like(shares)
     only[3] = shares[3].to(y.dtype)
     for one, wanted in zip(found, expected(values, only)[1:], strict=True):
-        assert error(one, wanted) < tolerance
+        assert relative_error(one, wanted) < tolerance
 
 
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
@@ -103,7 +100,7 @@ def test_stacked_models_have_their_own_weights(device: str, dtype: str, toleranc
     for member in range(3):
         wanted = expected([t[member] for t in values], shares[member])
         for one, alone in zip(found, wanted, strict=True):
-            assert error(one[member], alone) < tolerance
+            assert relative_error(one[member], alone) < tolerance
 
 
 @pytest.mark.parametrize("name", NAMES)
