@@ -7,7 +7,8 @@ upto_i = a_1 + ... + a_i and total = upto_L::
     h'  = exp(total) h + sum_j exp(total - upto_j) dt_j x_j B_j^T
 
 Where the sequence is one chunk and no state goes in or out, only the first sum is left. Else a kernel before it walks
-the chunks for the states between them, or from the last to the first for their gradients. Products of tiles run in the
+the chunks for the states between them, or from the last to the first for their gradients; of a few long sequences it
+reads all chunks at the same time (``carry``). Products of tiles run in the
 inputs' precision (TF32 for float32) and add up in float32; exponents are float32 and at most zero. The gradient of a_t
 sums every term whose exponent holds it; the terms i = j hold none and are kept out of the sums that cancel. Gradients
 of B and C are written per head and summed over the heads of a group by torch.
@@ -23,14 +24,17 @@ from hybrid.kernels.tiles import LOWEST, load, store
 
 @triton.jit
 def ssd_walk_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, outer_ptr, states_ptr, last_ptr,
-    T, H, G, P, N, sequences_per_A, chunks, x_batch, x_step, dt_batch, dt_step, B_batch, B_step,
-    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, LAST: tl.constexpr, BACK: tl.constexpr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, outer_ptr, states_ptr, last_ptr, left_ptr,
+    T, H, G, P, N, sequences_per_A, chunks, each, x_batch, x_step, dt_batch, dt_step, B_batch, B_step,
+    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, OUTER: tl.constexpr, LAST: tl.constexpr, LEFT: tl.constexpr,
+    BACK: tl.constexpr,
 ):  # fmt: skip
     """The states that enter the chunks, for some of their columns, and the one that leaves the last of them.
 
     With ``BACK``, from the last to the first, the gradients of those that leave them, and of the one that enters the
-    first; then x are the gradients of outputs, B is C. ``outer`` is what comes from outside of the sequence.
+    first; then x are the gradients of outputs, B is C. ``outer`` is what comes from outside of the sequence. A program
+    walks ``each`` chunks from an empty state if it is not the first; with one each, and ``left`` written, that is what
+    ``carry`` takes.
     """
     low = x_ptr.dtype.element_ty
     head = tl.program_id(0)
@@ -38,16 +42,21 @@ def ssd_walk_kernel(
     h = head % H
     column = tl.program_id(1) * BN
     width = N - column
+    start = tl.program_id(2) * each
+    stop = tl.minimum(start + each, chunks)
     x_ptr += b * x_batch + h * P
     dt_ptr += b * dt_batch + h
     B_ptr += b * B_batch + h // (H // G) * N + column
+    before = head.to(tl.int64) * chunks
     A = tl.load(A_ptr + b // sequences_per_A * H + h).to(tl.float32)
     state = tl.zeros((BP, BN), dtype=tl.float32)
     if OUTER:
         state += load(outer_ptr + head.to(tl.int64) * P * N + column, 0, P, N, width, BP, BN).to(tl.float32)
-    for m in range(0, chunks):
+    if start == 0:
+        at = before + chunks - 1 if BACK else before
+        store(states_ptr + at * P * N + column, state, 0, P, N, width, BP, BN)
+    for m in range(start, stop):
         n = chunks - 1 - m if BACK else m
-        store(states_ptr + (head.to(tl.int64) * chunks + n) * P * N + column, state, 0, P, N, width, BP, BN)
         row = n * L + tl.arange(0, L)
         dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
         x = load(x_ptr, n * L, T, x_step, P, L, BP).to(tl.float32)
@@ -57,7 +66,12 @@ def ssd_walk_kernel(
         total = tl.sum(a, 0)
         share = tl.exp(upto) if BACK else dt * tl.exp(tl.minimum(total - upto, 0.0))
         state = state * tl.exp(total) + tl.dot(tl.trans((x * share[:, None]).to(low)), B)
-    if LAST:
+        if LEFT:
+            tl.store(left_ptr + before + n, tl.exp(total))
+        if m + 1 < chunks:
+            at = before + n - 1 if BACK else before + n + 1
+            store(states_ptr + at * P * N + column, state, 0, P, N, width, BP, BN)
+    if LAST and stop == chunks:
         store(last_ptr + head.to(tl.int64) * P * N + column, state, 0, P, N, width, BP, BN)
 
 

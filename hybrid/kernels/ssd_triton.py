@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hybrid.kernels.carry import carry
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.ssd_programs import ssd_backward_kernel, ssd_forward_kernel, ssd_walk_kernel
 from hybrid.kernels.tiles import (
@@ -21,6 +22,7 @@ from hybrid.kernels.tiles import (
 
 _STATE = torch.float32
 _COLUMNS = 64  # of a state, at most, a program that walks the chunks
+_BUSY = 2**19  # numbers in the states of all sequences, above which one program walks all chunks
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,25 @@ def _border_shape(x: Tensor, N: int, stateful: bool) -> tuple[int, ...]:
     return (batch, H, (T + chunk - 1) // chunk, P, N) if stateful or chunk < T else (0,)
 
 
-def _walk(
+def _between(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, outer: Tensor | None, states: Tensor, last: Tensor,
     sizes: tuple[int, ...], launch: Launch, back: bool,
 ) -> None:  # fmt: skip
-    """Fill ``states`` [batch,H,chunks,P,N] and, unless it is empty, ``last`` (``ssd_walk_kernel``)."""
-    P, N = states.shape[-2:]
+    """Fill ``states`` [batch,H,chunks,P,N] and, unless it is empty, ``last``, as ``ssd_walk_kernel`` says."""
+    batch, H, chunks, P, N = states.shape
     some = min(_COLUMNS, power_of_two(N))
+    # States of many sequences keep a GPU busy, and reading them once more costs more than a walk.
+    each = chunks if batch * H * P * N > _BUSY else 1
     outer = None if outer is None else outer.contiguous()
-    ssd_walk_kernel[states.shape[0] * states.shape[1], triton.cdiv(N, some)](
-        x, dt, A, B, outer, states, last, *sizes, *strides(x, dt, B), L=launch.chunk, BP=power_of_two(P), BN=some,
-        OUTER=outer is not None, LAST=last.numel() > 0, BACK=back, num_warps=launch.num_warps,
+    left = dt.new_empty((0,) if each == chunks else (batch, H, chunks), dtype=_STATE)
+    own = outer is not None and each == chunks
+    ssd_walk_kernel[batch * H, triton.cdiv(N, some), triton.cdiv(chunks, each)](
+        x, dt, A, B, outer, states, last, left, *sizes, each, *strides(x, dt, B),
+        L=launch.chunk, BP=power_of_two(P), BN=some, OUTER=own, LAST=last.numel() > 0, LEFT=left.numel() > 0, BACK=back,
+        num_warps=launch.num_warps,
     )  # fmt: skip
+    if each < chunks:
+        carry(states, left, outer, last, back)
 
 
 @torch.library.custom_op("groundthink::ssd_triton", mutates_args=())
@@ -80,7 +89,7 @@ def _forward(
     sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
         if borders.numel():
-            _walk(x, dt, A, B, initial_state, borders, final_state, sizes, launch, back=False)
+            _between(x, dt, A, B, initial_state, borders, final_state, sizes, launch, back=False)
         ssd_forward_kernel[batch * H, chunks](
             x, dt, A, B, C, D, borders, y, *sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C),
             L=launch.chunk, BP=rows, BN=columns, SKIP=D is not None, STATE=borders.numel() > 0,
@@ -118,7 +127,7 @@ def _backward(
     sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
         if borders.numel():
-            _walk(dy, dt, A, C, dfinal, dstates, dinitial, sizes, launch, back=True)
+            _between(dy, dt, A, C, dfinal, dstates, dinitial, sizes, launch, back=True)
         ssd_backward_kernel[batch * H, chunks](
             x, dt, A, B, C, D, borders, dstates, dy, dx, ddt, dA, dB, dC, dD,
             *sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C, dy),

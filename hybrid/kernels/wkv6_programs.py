@@ -1,9 +1,9 @@
-"""The RWKV-6 recurrence as one Triton kernel each way, two for long sequences.
+"""The RWKV-6 recurrence as one Triton kernel each way, three for long sequences.
 
 FLA's kernels split the work over a dozen launches, which cost more than the arithmetic for short sequences. Here a
 program walks chunks of one head of one sequence with the state in registers; only inputs, outputs and the states at
 chunk borders, which the backward pass needs, touch memory. Several programs share a sequence: of a short one each goes
-over what comes before its own chunks for the state alone, of a long one a kernel before it does so once for all.
+over what comes before its own chunks for the state alone, of a long one two kernels before it find all their states.
 
 With S the state that enters a chunk, and of its log decays w: before_i = w_1 + ... + w_{i-1}, upto_j = w_1 + ... + w_j
 and total = upto_C::
@@ -57,45 +57,43 @@ def _neighbours(C: tl.constexpr):
 
 
 @triton.jit
-def _over(state, a_ptr, b_ptr, w_ptr, first, stop, a_step, b_step, w_step, width, V, BACK: tl.constexpr,
+def _read(a_ptr, b_ptr, w_ptr, first, stop, a_step, b_step, w_step, width, V, BACK: tl.constexpr,
           PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
-    """The state after the steps from ``first``, before ``stop``, given the one before them; a are keys, b values.
+    """What the steps from ``first``, before ``stop``, leave of a state [BK] and add to it; a are keys, b values.
 
-    With ``BACK`` the gradient of the state before them, given that of the one after them; a are receptances, b the
+    With ``BACK`` the same of the gradient of the state after them, for that before them; a are receptances, b the
     gradients of outputs.
     """
     a = load(a_ptr, first, stop, a_step, width, STEPS, BK).to(tl.float32)
     w = tl.maximum(load(w_ptr, first, stop, w_step, width, STEPS, BK).to(tl.float32), LOWEST)
     b = load(b_ptr, first, stop, b_step, V, STEPS, BV).to(tl.float32)
     faded = a * tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=not BACK) - w, 0.0))
-    return state * tl.exp(tl.sum(w, 0))[:, None] + tl.dot(tl.trans(faded), b, input_precision=PRECISION)
+    return tl.exp(tl.sum(w, 0)), tl.dot(tl.trans(faded), b, input_precision=PRECISION)
 
 
 @triton.jit
-def wkv6_walk_kernel(
-    a_ptr, b_ptr, w_ptr, outer_ptr, states_ptr, T, H, K, V, programs,
+def wkv6_parts_kernel(
+    a_ptr, b_ptr, w_ptr, states_ptr, left_ptr, T, H, K, V, parts,
     a_batch, a_step, b_batch, b_step, w_batch, w_step,
-    PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    OUTER: tl.constexpr, BACK: tl.constexpr,
+    PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """The states with which programs of ``STEPS`` steps start; with ``BACK``, from the last to the first, the gradients
-    of those with which they end. a and b are as in ``_over``; ``outer`` is what comes from outside of the sequence."""
+    """What each ``STEPS`` steps leave of a state and add to it, as ``carry`` takes it; a and b are as in ``_read``."""
     head = tl.program_id(0)
+    n = tl.program_id(1) + 1 if BACK else tl.program_id(1)  # nobody asks for the last one
+    to = n - 1 if BACK else n + 1
     sequence = (head // H).to(tl.int64)
     h = head % H
-    k0 = tl.program_id(1) * BK
+    k0 = tl.program_id(2) * BK
     width = K - k0
     a_ptr += sequence * a_batch + h * K + k0
     w_ptr += sequence * w_batch + h * K + k0
     b_ptr += sequence * b_batch + h * V
-    state = tl.zeros((BK, BV), dtype=tl.float32)
-    if OUTER:
-        state += load(outer_ptr + head.to(tl.int64) * K * V + k0 * V, 0, width, V, V, BK, BV).to(tl.float32)
-    for m in range(0, programs):
-        n = programs - 1 - m if BACK else m
-        store(states_ptr + (head.to(tl.int64) * programs + n) * K * V + k0 * V, state, 0, width, V, V, BK, BV)
-        state = _over(state, a_ptr, b_ptr, w_ptr, n * STEPS, T, a_step, b_step, w_step, width, V, BACK, PRECISION,
-                      STEPS, BK, BV)  # fmt: skip
+    left, added = _read(a_ptr, b_ptr, w_ptr, n * STEPS, T, a_step, b_step, w_step, width, V, BACK, PRECISION, STEPS,
+                        BK, BV)  # fmt: skip
+    before = head.to(tl.int64) * parts
+    channel = tl.arange(0, BK)
+    tl.store(left_ptr + (before + n) * K + k0 + channel, left, mask=channel < width)
+    store(states_ptr + (before + to) * K * V + k0 * V, added, 0, width, V, V, BK, BV)
 
 
 @triton.jit
@@ -135,7 +133,7 @@ def wkv6_forward_kernel(
     T, H, K, V, u_model, sequences_per_u, chunks, chunks_per_program, o_part,
     r_batch, r_step, k_batch, k_step, v_batch, v_step, w_batch, w_step,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr, WALK: tl.constexpr,
+    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     b, h, k0, width, r_ptr, k_ptr, v_ptr, w_ptr, u = _place(
@@ -146,7 +144,7 @@ def wkv6_forward_kernel(
 
     start = tl.program_id(1) * chunks_per_program
     stop = tl.minimum(start + chunks_per_program, chunks)
-    if WALK:
+    if GIVEN:
         at = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * K * V + k0 * V
         state = load(starts_ptr + at, 0, width, V, V, BK, BV)
     else:
@@ -154,8 +152,9 @@ def wkv6_forward_kernel(
         if INITIAL:
             state += load(initial_ptr + state_at, 0, width, V, V, BK, BV).to(tl.float32)
         for first in range(0, start * C, AHEAD):  # what came before this program's chunks
-            state = _over(state, k_ptr, v_ptr, w_ptr, first, start * C, k_step, v_step, w_step, width, V, False,
-                          PRECISION, AHEAD, BK, BV)  # fmt: skip
+            left, added = _read(k_ptr, v_ptr, w_ptr, first, start * C, k_step, v_step, w_step, width, V, False,
+                                PRECISION, AHEAD, BK, BV)  # fmt: skip
+            state = state * left[:, None] + added
 
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -188,7 +187,7 @@ def wkv6_backward_kernel(
     T, H, K, V, u_model, sequences_per_u, chunks, chunks_per_program, dv_part,
     r_batch, r_step, k_batch, k_step, v_batch, v_step, w_batch, w_step, do_batch, do_step,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, WALK: tl.constexpr,
+    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     b, h, k0, width, r_ptr, k_ptr, v_ptr, w_ptr, u = _place(
@@ -202,7 +201,7 @@ def wkv6_backward_kernel(
 
     start = tl.program_id(1) * chunks_per_program
     stop = tl.minimum(start + chunks_per_program, chunks)
-    if WALK:  # dstate is the gradient of the state that leaves the chunk
+    if GIVEN:  # dstate is the gradient of the state that leaves the chunk
         at = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * K * V + k0 * V
         dstate = load(ends_ptr + at, 0, width, V, V, BK, BV)
     else:
@@ -212,8 +211,9 @@ def wkv6_backward_kernel(
         blocks = tl.cdiv(tl.maximum(T - stop * C, 0), AHEAD)
         for m in range(0, blocks):  # what comes after this program's chunks, from the end
             first = stop * C + (blocks - 1 - m) * AHEAD
-            dstate = _over(dstate, r_ptr, do_ptr, w_ptr, first, T, r_step, do_step, w_step, width, V, True,
-                           PRECISION, AHEAD, BK, BV)  # fmt: skip
+            left, added = _read(r_ptr, do_ptr, w_ptr, first, T, r_step, do_step, w_step, width, V, True,
+                                PRECISION, AHEAD, BK, BV)  # fmt: skip
+            dstate = dstate * left[:, None] + added
 
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]

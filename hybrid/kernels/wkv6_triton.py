@@ -8,9 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
+from hybrid.kernels.carry import carry
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, power_of_two, precision, strides, with_dense_heads, with_dense_models
-from hybrid.kernels.wkv6_programs import wkv6_backward_kernel, wkv6_forward_kernel, wkv6_walk_kernel
+from hybrid.kernels.wkv6_programs import wkv6_backward_kernel, wkv6_forward_kernel, wkv6_parts_kernel
 
 CHUNK = 16  # steps: the smallest side of a tile product
 LEVELS = CHUNK.bit_length() - 2  # of halving a chunk, before pairs of neighbours are left
@@ -22,14 +23,13 @@ _STATE = torch.float32
 class Launch:
     """How a kernel is cut: chunks a program, channels a program, warps.
 
-    Programs find the state they start with each by itself or, with ``walk``, in what a kernel that walks the sequence
-    has left there.
+    Programs find the state they start with each by itself or, with ``between``, in what kernels before them have left.
     """
 
     chunks_per_program: int
     block_k: int
     num_warps: int
-    walk: bool
+    between: bool
 
 
 def choose(B: int, T: int, H: int, K: int, V: int, backward: bool) -> Launch:
@@ -39,24 +39,25 @@ def choose(B: int, T: int, H: int, K: int, V: int, backward: bool) -> Launch:
     large = block_k * power_of_two(V) > 512
     warps = 1 if not large else 4 if backward else 2
     if T > 256:
-        return Launch(AHEAD // CHUNK, block_k, warps, walk=True)
+        return Launch(AHEAD // CHUNK, block_k, warps, between=True)
     # Few and short sequences leave a GPU idle: then several programs share one.
     programs = B * H * triton.cdiv(K, block_k)
     shared = max(1, min(4, 1024 // programs))
-    return Launch(triton.cdiv(triton.cdiv(T, CHUNK), shared), block_k, warps, walk=False)
+    return Launch(triton.cdiv(triton.cdiv(T, CHUNK), shared), block_k, warps, between=False)
 
 
-def _walk(
+def _between(
     a: Tensor, b: Tensor, w: Tensor, outer: Tensor | None, programs: int, launch: Launch, tiles: dict, back: bool
 ) -> Tensor:
-    """The states [B,H,programs,K,V] between programs, or their gradients (``wkv6_walk_kernel``)."""
+    """The states [B,H,programs,K,V] that programs start with; with ``back``, the gradients of those they end with."""
     B, T, H, K = w.shape
     V = b.shape[-1]
-    states = w.new_empty(B, H, programs, K, V, dtype=_STATE)
-    wkv6_walk_kernel[B * H, triton.cdiv(K, launch.block_k)](
-        a, b, w, outer, states, T, H, K, V, programs, *strides(a, b, w),
-        **tiles, STEPS=launch.chunks_per_program * CHUNK, OUTER=outer is not None, BACK=back, num_warps=2,
+    states, left = (w.new_empty(B, H, programs, *size, dtype=_STATE) for size in ((K, V), (K,)))
+    wkv6_parts_kernel[B * H, programs - 1, triton.cdiv(K, launch.block_k)](
+        a, b, w, states, left, T, H, K, V, programs, *strides(a, b, w),
+        **tiles, STEPS=launch.chunks_per_program * CHUNK, BACK=back, num_warps=2,
     )  # fmt: skip
+    carry(states, left, outer, w.new_empty(0), back)
     return states
 
 
@@ -77,13 +78,13 @@ def _forward(
     initial_state = None if initial_state is None else initial_state.contiguous()
     tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
-        starts = _walk(k, v, w, initial_state, programs, launch, tiles, back=False) if launch.walk else None
+        starts = _between(k, v, w, initial_state, programs, launch, tiles, back=False) if launch.between else None
         wkv6_forward_kernel[B * H, programs, parts](
             r, k, v, w, u, initial_state, starts, o, final_state, borders,
             T, H, K, V, u.stride(0), B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V,
             *strides(r, k, v, w),
             **tiles, C=CHUNK, LEVELS=LEVELS, AHEAD=AHEAD, INITIAL=initial_state is not None, FINAL=final, SAVE=save,
-            WALK=launch.walk, num_warps=launch.num_warps, num_stages=1,
+            GIVEN=launch.between, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
     return o if parts == 1 else o.sum(0).to(v.dtype), final_state, borders
 
@@ -117,13 +118,13 @@ def _backward(
     u, borders = with_dense_models(u), borders.contiguous()
     tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
     with torch.cuda.device_of(r):
-        ends = _walk(r, do, w, dfinal, programs, launch, tiles, back=True) if launch.walk else None
+        ends = _between(r, do, w, dfinal, programs, launch, tiles, back=True) if launch.between else None
         wkv6_backward_kernel[B * H, programs, parts](
             r, k, v, w, u, borders, do, dfinal, ends, dr, dk, dv, dw, du, dinitial,
             T, H, K, V, u.stride(0), B // u.shape[0], chunks, launch.chunks_per_program, B * T * H * V,
             *strides(r, k, v, w, do),
             **tiles, C=CHUNK, LEVELS=LEVELS, AHEAD=AHEAD, INITIAL=initial, FINAL=dfinal is not None,
-            WALK=launch.walk, num_warps=launch.num_warps, num_stages=1,
+            GIVEN=launch.between, num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
     return dr, dk, dv if parts == 1 else dv.sum(0).to(v.dtype), dw, du, dinitial
 

@@ -14,18 +14,19 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hybrid.kernels import adamw_triton, conv_triton, ddlerp_triton, ssd_programs, wkv6_programs  # noqa: E402
+from hybrid.kernels import adamw_triton, carry, conv_triton, ddlerp_triton, ssd_programs, wkv6_programs  # noqa: E402
 
 H100 = GPUTarget("cuda", 90, 32)
 HALF = {"r", "k", "v", "o", "do", "dr", "dk", "dv", "x", "y", "dx", "dy", "B", "C", "dB", "dC", "dstates"}
 HALF |= {f"{name}{k}" for name in ("y", "dy") for k in range(5)}
 NUMBERS = {"weight_decay", "beta2", "log_beta1", "log_beta2", "one_minus_beta1", "one_minus_beta2", "eps", "max_norm"}
 NUMBERS |= {"norm_eps"}
-WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32", "WALK": False}
+WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32", "GIVEN": False}
 SSD = {"L": 64, "BP": 64, "BN": 128}
 DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
-WALK = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32, "OUTER": True}
-ENDS = {"BN": 64, "OUTER": True, "LAST": True}
+PARTS = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32}
+ENDS = {"BN": 64, "OUTER": True, "LAST": True, "LEFT": False}
+CARRY = {"OUTER": True, "LAST": True, "PARTS": 32, "NUMBERS": 64}
 ALONE = {"INITIAL": False, "FINAL": False}
 WITH_STATE = {"INITIAL": True, "FINAL": True}
 FLAT = {"num_stages": 1}
@@ -35,22 +36,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
         wkv6_programs.wkv6_forward_kernel, {**WKV6, **ALONE, "SAVE": True}, {"initial", "starts", "final"},
         {"num_warps": 1, **FLAT},
     ),
-    "wkv6 forward, walk": (
-        wkv6_programs.wkv6_forward_kernel, {**WKV6, **WITH_STATE, "SAVE": True, "WALK": True}, set(),
+    "wkv6 forward, states given": (
+        wkv6_programs.wkv6_forward_kernel, {**WKV6, **WITH_STATE, "SAVE": True, "GIVEN": True}, set(),
         {"num_warps": 1, **FLAT},
     ),
-    "wkv6 walk": (wkv6_programs.wkv6_walk_kernel, {**WALK, "BACK": False}, set(), {"num_warps": 2}),
+    "wkv6 parts": (wkv6_programs.wkv6_parts_kernel, {**PARTS, "BACK": False}, set(), {"num_warps": 2}),
     "wkv6 backward": (
         wkv6_programs.wkv6_backward_kernel, {**WKV6, **ALONE}, {"dfinal", "ends", "dinitial"}, {"num_warps": 1, **FLAT}
     ),
-    "wkv6 backward, walk": (
-        wkv6_programs.wkv6_backward_kernel, {**WKV6, **WITH_STATE, "WALK": True}, set(), {"num_warps": 1, **FLAT}
+    "wkv6 backward, states given": (
+        wkv6_programs.wkv6_backward_kernel, {**WKV6, **WITH_STATE, "GIVEN": True}, set(), {"num_warps": 1, **FLAT}
     ),
     "wkv6 backward, float32, wide": (
         wkv6_programs.wkv6_backward_kernel, {**WKV6, **WITH_STATE, "PRECISION": "tf32x3", "BK": 32, "BV": 64}, {"ends"},
         {"num_warps": 4, **FLAT},
     ),
-    "wkv6 walk back": (wkv6_programs.wkv6_walk_kernel, {**WALK, "BACK": True}, set(), {"num_warps": 2}),
+    "wkv6 parts back": (wkv6_programs.wkv6_parts_kernel, {**PARTS, "BACK": True}, set(), {"num_warps": 2}),
     "ssd forward, one chunk": (
         ssd_programs.ssd_forward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders"}, {"num_warps": 4, **FLAT}
     ),
@@ -58,6 +59,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
         ssd_programs.ssd_forward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D"}, {"num_warps": 4, **FLAT}
     ),
     "ssd walk": (ssd_programs.ssd_walk_kernel, {**SSD, **ENDS, "BACK": False}, set(), {"num_warps": 4}),
+    "ssd parts": (
+        ssd_programs.ssd_walk_kernel, {**SSD, **ENDS, "OUTER": False, "LEFT": True, "BACK": False}, {"outer"},
+        {"num_warps": 4},
+    ),
+    "ssd carry": (carry.carry_kernel, {**CARRY, "BACK": False}, set(), {"num_warps": 4}),
+    "ssd carry back": (carry.carry_kernel, {**CARRY, "BACK": True}, set(), {"num_warps": 4}),
+    "wkv6 carry": (carry.carry_kernel, {**CARRY, "BACK": True, "LAST": False}, set(), {"num_warps": 4}),
     "ssd backward, one chunk": (
         ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders", "dstates"},
         {"num_warps": 4, **FLAT},

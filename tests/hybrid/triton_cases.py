@@ -18,6 +18,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 has to be 
 
 from hybrid import kernels  # noqa: E402
 from hybrid.kernels import ssd_triton, wkv6_triton  # noqa: E402
+from hybrid.kernels.carry import carry  # noqa: E402
 from tests.hybrid.recurrences import ssd_reference, with_gaps, wkv6_reference  # noqa: E402
 from tests.hybrid.test_kernels import compare, relative_error, ssd_inputs, wkv6_inputs  # noqa: E402
 
@@ -106,19 +107,54 @@ def test_many_steps_that_forget_all_before_some_that_do_not(T: int) -> None:
     assert max(errors.values()) <= TOLERANCE["float32"], errors
 
 
-@pytest.mark.parametrize("way", ["one program", "walk"])
+@pytest.mark.parametrize("way", ["one program", "states given"])
 def test_how_sequences_are_shared_out(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sharing a sequence out over programs, and how they find their states, changes nothing but rounding."""
     inputs = wkv6_inputs((1, 150, 1, 40, 16, (-0.3, -0.001), True), torch.Generator().manual_seed(3))
     launch = wkv6_triton.choose(1, 150, 1, 40, 16, backward=False)
-    assert launch.chunks_per_program < 10 and not launch.walk  # else the other tests have this way as well
+    assert launch.chunks_per_program < 10 and not launch.between  # else the other tests have this way as well
     if way == "one program":
         other = dataclasses.replace(launch, chunks_per_program=10)
     else:
-        other = dataclasses.replace(launch, chunks_per_program=4, walk=True)
+        other = dataclasses.replace(launch, chunks_per_program=4, between=True)
     monkeypatch.setattr(wkv6_triton, "choose", lambda *_, **__: other)
     errors, _ = compare(fused("wkv6"), wkv6_reference, inputs, "cpu", "float32", {"r", "k", "v"})
     assert max(errors.values()) <= TOLERANCE["float32"], errors
+
+
+@pytest.mark.parametrize("case", ["head sizes 20 and 24, groups", "a state in two parts"])
+def test_one_program_walks_all_chunks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What many sequences get; the other tests have so few that their chunks are read at the same time."""
+    inputs = ssd_inputs(SSD[case], torch.Generator().manual_seed(12))
+    monkeypatch.setattr(ssd_triton, "_BUSY", 0)
+    monkeypatch.setattr(ssd_triton, "carry", None)
+    errors, _ = compare(fused("ssd"), ssd_reference, inputs, "cpu", "float32", {"x", "B", "C"})
+    assert max(errors.values()) <= TOLERANCE["float32"], errors
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_carry(by_row: bool, back: bool) -> None:
+    """More parts than one scan takes, from outside of the sequence to what leaves it."""
+    generator = torch.Generator().manual_seed(13)
+    parts, rows, columns = 70, 5, 20
+    added = torch.randn(1, 2, parts, rows, columns, generator=generator)
+    left = torch.rand(1, 2, parts, *([rows] if by_row else []), generator=generator)
+    outer = torch.randn(1, 2, rows, columns, generator=generator)
+    order = range(parts - 1, -1, -1) if back else range(parts)
+    expected, state = {}, outer.double()
+    for n in order:
+        expected[n] = state
+        state = state * left[:, :, n].double().reshape(1, 2, -1, 1) + added[:, :, n]
+    states = added.roll(-1 if back else 1, dims=2)
+    states[:, :, order[0]] = torch.nan  # is not read
+    last = added[:, :, order[-1]].clone()
+    carry(states, left, outer, last, back)
+    assert relative_error(states, torch.stack([expected[n] for n in range(parts)], 2)) <= 1e-6
+    assert relative_error(last, state) <= 1e-6
+    states = added.roll(-1 if back else 1, dims=2)
+    carry(states, left, None, torch.empty(0), back)
+    assert not states[:, :, order[0]].any()
 
 
 @pytest.mark.parametrize("op", OPS)
