@@ -54,7 +54,9 @@ class Mamba2(fla_mamba2.Mamba2):
     def forward(self, x: Tensor, state: BranchState | None = None) -> tuple[Tensor, BranchState | None]:
         B, T, _ = x.shape
         zxBCdt = wide_linear(x, self.in_proj) if x.is_cuda else self.in_proj(x)
-        z, xBC, dt = zxBCdt.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
+        # Filling is a piece of its own: cut off before, its gradient would be another copy of all others.
+        z, xBC, dt, _ = zxBCdt.split([*sizes, zxBCdt.shape[-1] - sum(sizes)], dim=-1)
 
         past = None if state is None else state["conv"]
         convolved = causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, past, self.kernel_backend)
@@ -90,9 +92,8 @@ class Mamba2(fla_mamba2.Mamba2):
 
 
 def wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """``layer(x)``, cut out of a result whose width is a multiple of 16: fast products need 8, wide loads of it 16."""
-    weight, width = layer.weight, layer.out_features
-    missing = -width % 16
+    """``layer(x)``, filled with zeros to a multiple of 16: fast products need a width of 8, wide loads of it 16."""
+    missing = -layer.out_features % 16
     if not missing or layer.bias is not None:
         return layer(x)
-    return F.linear(x, F.pad(weight, (0, 0, 0, missing)))[..., :width]
+    return F.linear(x, F.pad(layer.weight, (0, 0, 0, missing)))
