@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from hybrid.config import ConfigError
-from hybrid.kernels import BackendError, conv_backend, ddlerp_backend, resolve_backend
+from hybrid.kernels import BackendError, conv_backend, ddlerp_backend, norm_backend, resolve_backend
 from hybrid.schema import Config
 
 FULL = 32768  # tokens of a micro-batch with which a GPU is busy
@@ -54,9 +54,15 @@ def resolve_device(cfg: Config) -> None:
 def serving_kernels(cfg: Config) -> dict[str, str]:
     """What serves each operator of a configuration that ``resolve_device`` has seen."""
     kernels, device_type = cfg.kernels, cfg.trainer.device.partition(":")[0]
-    conv = conv_backend(kernels.ssd, device_type, cfg.model.mamba.conv_kernel)
-    ddlerp = ddlerp_backend(kernels.wkv6, device_type, cfg.model.d_model, cfg.model.rwkv.shift_low_rank)
-    return {"wkv6": kernels.wkv6, "ssd": kernels.ssd, "conv": conv, "ddlerp": ddlerp}
+    d, rwkv, mamba = cfg.model.d_model, cfg.model.rwkv, cfg.model.mamba
+    return {
+        "wkv6": kernels.wkv6,
+        "ssd": kernels.ssd,
+        "conv": conv_backend(kernels.ssd, device_type, mamba.conv_kernel),
+        "ddlerp": ddlerp_backend(kernels.wkv6, device_type, d, rwkv.shift_low_rank),
+        "wkv6_norm": norm_backend("wkv6", kernels.wkv6, device_type, round(d * rwkv.expand_v) // rwkv.num_heads),
+        "ssd_norm": norm_backend("ssd", kernels.ssd, device_type, mamba.expand * d // mamba.n_groups),
+    }
 
 
 def gpu_id(device: torch.device) -> str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.branches import BranchState
-from hybrid.kernels import causal_conv, ssd
+from hybrid.kernels import causal_conv, gate_then_norm, ssd
 from hybrid.schema import KernelsConfig, MambaConfig
 
 with warnings.catch_warnings():
@@ -27,7 +27,7 @@ class Mamba2(fla_mamba2.Mamba2):
     """Mamba-2: a selective state space model with A, B, C, D and a step size dt, in its SSD form.
 
     Parameters, shapes and names are FLA's; the forward (arXiv:2405.21060, section 7) is plain PyTorch around
-    ``kernels.causal_conv`` and ``kernels.ssd``.
+    ``kernels.causal_conv``, ``kernels.ssd`` and ``kernels.gate_then_norm``.
     """
 
     def __init__(self, d_model: int, cfg: MambaConfig, kernels: KernelsConfig) -> None:
@@ -79,16 +79,13 @@ class Mamba2(fla_mamba2.Mamba2):
             backend=self.kernel_backend,
             output_final_state=state is not None,
         )
-        out = self.out_proj(self._gated_norm(y.reshape(B, T, -1), z))
+        y = gate_then_norm(
+            y.reshape(B, T, -1), z, self.norm.weight, self.n_groups, self.norm.eps, backend=self.kernel_backend
+        )
+        out = self.out_proj(y)
         if state is None:
             return out, None
         return out, {"conv": torch.cat((past.to(xBC.dtype), xBC), dim=1)[:, T:], "ssm": ssm}
-
-    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        """RMSNorm(y * silu(z)), each group of heads on its own."""
-        y = (y.float() * F.silu(z.float())).unflatten(-1, (self.n_groups, -1))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.norm.eps)
-        return (y.flatten(-2) * self.norm.weight).to(z.dtype)
 
 
 def wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.branches import BranchState
-from hybrid.kernels import ddlerp, wkv6
+from hybrid.kernels import ddlerp, norm_then_gate, wkv6
 from hybrid.schema import KernelsConfig, RWKVConfig
 
 with warnings.catch_warnings():
@@ -79,7 +78,7 @@ class RWKV6(RWKV6Attention):
             backend=self.backend,
             output_final_state=state is not None,
         )  # fmt: skip
-        norm = self.g_norm
-        o = F.group_norm(o.reshape(B * T, -1).float(), self.num_heads, norm.weight, norm.bias, norm.eps).view(B, T, -1)
-        out = self.o_proj(o.to(g.dtype) * F.silu(g))
+        norm, heads = self.g_norm, self.num_heads
+        o = norm_then_gate(o.reshape(B, T, -1), g, norm.weight, norm.bias, heads, norm.eps, backend=self.backend)
+        out = self.o_proj(o)
         return out, None if state is None else {"shift": x[:, -1], "wkv": wkv}

@@ -13,10 +13,10 @@
 ``auto`` is ``torch`` on CPU, and on CUDA the best of what is installed; ``resolve_backend`` says which, and every run
 records it. All of them can be mapped over stacked models with ``torch.vmap``.
 
-``causal_conv``, Mamba-2's short convolution, goes with ``ssd``, and ``ddlerp``, RWKV-6's token shift, with ``wkv6``:
-Triton kernels where kernels serve that, else plain PyTorch (``conv.py``, ``conv_triton.py``, ``ddlerp.py``,
-``ddlerp_triton.py``). Beside them lies the optimiser's update of stacked parameters (``adamw.py``,
-``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between.
+``causal_conv``, Mamba-2's short convolution, and ``gate_then_norm``, its gated norm, go with ``ssd``; ``ddlerp``,
+RWKV-6's token shift, and ``norm_then_gate`` with ``wkv6``: Triton kernels where kernels serve that, else plain PyTorch
+(``conv.py``, ``ddlerp.py``, ``norms.py`` and their ``_triton``). Beside them lies the optimiser's update of stacked
+parameters (``adamw.py``, ``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from hybrid.kernels.conv import conv_torch
 from hybrid.kernels.ddlerp import ddlerp_torch
+from hybrid.kernels.norms import gate_then_norm_torch, norm_then_gate_torch
 from hybrid.kernels.ssd import ssd_torch
 from hybrid.kernels.wkv6 import wkv6_torch
 
@@ -39,6 +40,7 @@ LARGEST_STATE = 64 * 256  # state channels of a head, P N, each rounded up to a 
 LONGEST_FILTER = 4  # weights a channel of a convolution that its kernels hold
 MIXES = 5  # of a token shift: for r, w, k, v and g
 WIDEST_SHIFT, HIGHEST_RANK = 256, 64  # channels of a token shift, and the rank of a mix, that its kernels hold
+WIDEST_NORM = 2048  # channels that are normalised together, which the kernels of the gated norms hold
 _PACKAGE = {"triton": "triton", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _PACKAGE}
 
@@ -100,6 +102,11 @@ def ddlerp_backend(backend: str, device_type: str, width: int, rank: int) -> str
     """What serves a token shift of ``width`` channels beside a ``wkv6`` of ``backend``: "triton" or "torch"."""
     fits = width <= WIDEST_SHIFT and rank <= HIGHEST_RANK
     return "triton" if _by_kernels("wkv6", backend, device_type) and fits else "torch"
+
+
+def norm_backend(op: str, backend: str, device_type: str, width: int) -> str:
+    """What serves the gated norm, of ``width`` channels a group, behind ``op`` of ``backend``: "triton" or "torch"."""
+    return "triton" if _by_kernels(op, backend, device_type) and width <= WIDEST_NORM else "torch"
 
 
 def _rounded(size: int) -> int:
@@ -250,3 +257,42 @@ def ddlerp(
 
         return ddlerp_triton(x, delta, low, weight, bias)
     return ddlerp_torch(x, delta, low, weight, bias)
+
+
+def _check_norm(name: str, x: Tensor, gate: Tensor, groups: int, **of_channels: Tensor) -> None:
+    C = x.shape[-1]
+    if x.dim() != 3 or gate.shape != x.shape or C % groups or any(p.shape != (C,) for p in of_channels.values()):
+        named = {"x": x, "gate": gate, **of_channels}
+        shapes = ", ".join(f"{key} {list(t.shape)}" for key, t in named.items())
+        wanted = ", ".join(["x and gate [B,T,C]", *(f"{key} [C]" for key in of_channels)])
+        raise ValueError(f"{name} needs {wanted} and {groups} groups that divide C; got {shapes}")
+
+
+def norm_then_gate(
+    x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, backend: str = "auto"
+) -> Tensor:
+    """``GroupNorm(x) SiLU(gate)``, RWKV-6's output before its last product (arXiv:2404.05892, section 4).
+
+    x and gate are [B,T,C], weight and bias [C]; ``backend`` is the one asked for ``wkv6``. Every step's ``groups`` of
+    channels are normalised by themselves. Returns [B,T,C] in gate's dtype.
+    """
+    _check_norm("norm_then_gate", x, gate, groups, weight=weight, bias=bias)
+    if norm_backend("wkv6", backend, x.device.type, x.shape[2] // groups) == "triton":
+        from hybrid.kernels.norms_triton import gated_norm_triton
+
+        return gated_norm_triton(x, gate, weight, bias, groups, eps)
+    return norm_then_gate_torch(x, gate, weight, bias, groups, eps)
+
+
+def gate_then_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float, backend: str = "auto") -> Tensor:
+    """``RMSNorm(x SiLU(gate))``, Mamba-2's output before its last product (arXiv:2405.21060, section 7).
+
+    x and gate are [B,T,C], weight [C]; ``backend`` is the one asked for ``ssd``. Every step's ``groups`` of channels
+    are normalised by themselves. Returns [B,T,C] in gate's dtype.
+    """
+    _check_norm("gate_then_norm", x, gate, groups, weight=weight)
+    if norm_backend("ssd", backend, x.device.type, x.shape[2] // groups) == "triton":
+        from hybrid.kernels.norms_triton import gated_norm_triton
+
+        return gated_norm_triton(x, gate, weight, None, groups, eps)
+    return gate_then_norm_torch(x, gate, weight, groups, eps)

@@ -14,10 +14,11 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hybrid.kernels import adamw_triton, carry, conv_triton, ddlerp_triton, ssd_programs, wkv6_programs  # noqa: E402
+from hybrid.kernels import adamw_triton, carry, conv_triton, ddlerp_triton, norms_triton, ssd_programs, wkv6_programs  # noqa: E402
 
 H100 = GPUTarget("cuda", 90, 32)
 HALF = {"r", "k", "v", "o", "do", "dr", "dk", "dv", "x", "y", "dx", "dy", "B", "C", "dB", "dC", "dstates"}
+HALF |= {"gate", "dgate"}
 HALF |= {f"{name}{k}" for name in ("y", "dy") for k in range(5)}
 NUMBERS = {"weight_decay", "beta2", "log_beta1", "log_beta2", "one_minus_beta1", "one_minus_beta2", "eps", "max_norm"}
 NUMBERS |= {"norm_eps"}
@@ -30,6 +31,8 @@ CARRY = {"OUTER": True, "LAST": True, "PARTS": 32, "NUMBERS": 64}
 ALONE = {"INITIAL": False, "FINAL": False}
 WITH_STATE = {"INITIAL": True, "FINAL": True}
 FLAT = {"num_stages": 1}
+HEADS = {"GATE_FIRST": False, "ROWS": 64, "BC": 32}
+WHOLE = {"GATE_FIRST": True, "ROWS": 8, "BC": 256}
 CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     # kernel, constants, tensors that are absent, what it is launched with
     "wkv6 forward": (
@@ -83,6 +86,10 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     "ddlerp sums, widest": (
         ddlerp_triton._ddlerp_sums_kernel, {**DDLERP, "STEPS": 32, "BD": 256, "BR": 64}, set(), {"num_warps": 8}
     ),
+    "norm then gate": (norms_triton._gated_norm_forward_kernel, HEADS, set(), {"num_warps": 4}),
+    "norm then gate, backward": (norms_triton._gated_norm_backward_kernel, HEADS, set(), {"num_warps": 4}),
+    "gate then norm": (norms_triton._gated_norm_forward_kernel, WHOLE, {"bias"}, {"num_warps": 4}),
+    "gate then norm, backward": (norms_triton._gated_norm_backward_kernel, WHOLE, {"bias"}, {"num_warps": 4}),
     "adamw squares": (adamw_triton._squares_kernel, {"BLOCK": 1024}, set(), {"num_warps": 4}),
     "adamw": (adamw_triton._adamw_kernel, {"BLOCK": 1024, "CLIP": True}, set(), {"num_warps": 4}),
     "conv forward": (conv_triton._conv_forward_kernel, {"STEPS": 16, "BC": 128}, set(), {"num_warps": 2}),

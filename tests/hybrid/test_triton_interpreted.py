@@ -14,7 +14,9 @@ HERE = Path(__file__).parent
 
 
 # Tests other than those of the recurrences hold whichever form serves, here the kernels.
-@pytest.mark.parametrize("cases", ["triton_cases.py", "test_stacked_adamw.py", "test_conv.py", "test_ddlerp.py"])
+@pytest.mark.parametrize(
+    "cases", ["triton_cases.py", "test_stacked_adamw.py", "test_conv.py", "test_ddlerp.py", "test_norms.py"]
+)
 def test_kernels_in_the_interpreter(cases: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--no-header", "-p", "no:cacheprovider", str(HERE / cases)]
