@@ -12,12 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PARTS, _NUMBERS = 32, 64  # of a sequence at once, of a state a program
+_PARTS, _NUMBERS = 8, 256  # of a sequence at once, of a state a program (of one warp)
 
 
 @triton.jit
-def _then(left, added, next_left, next_added):
-    return left * next_left, added * next_left + next_added
+def _part(states_ptr, left_ptr, m, parts, head, size, rows, number, BACK: tl.constexpr):
+    """Where the m-th part's numbers lie, what the part before it left of a state and what it added."""
+    inside = (number < size) & (m < parts)
+    between = inside & (m > 0)
+    n = parts - 1 - m if BACK else m
+    before = n + 1 if BACK else n - 1
+    at = states_ptr + (head * parts + n) * size + number
+    left = tl.load(left_ptr + (head * parts + before) * rows + number // (size // rows), mask=between, other=1.0)
+    return at, inside, left, tl.load(at, mask=between, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -27,26 +34,23 @@ def carry_kernel(
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1) * NUMBERS + tl.arange(0, NUMBERS)
-    inside = number < size
-    row = number // (size // rows)
     state = tl.zeros((NUMBERS,), dtype=tl.float32)
     if OUTER:
-        state += tl.load(outer_ptr + head * size + number, mask=inside, other=0.0).to(tl.float32)
+        state += tl.load(outer_ptr + head * size + number, mask=number < size, other=0.0).to(tl.float32)
     for start in range(0, parts, PARTS):
-        m = start + tl.arange(0, PARTS)
-        n = parts - 1 - m if BACK else m
-        before = n + 1 if BACK else n - 1
-        at = states_ptr + (head * parts + n)[:, None] * size + number[None, :]
-        between = ((m > 0) & (m < parts))[:, None] & inside[None, :]
-        added = tl.load(at, mask=between, other=0.0).to(tl.float32)
-        left = tl.load(left_ptr + (head * parts + before)[:, None] * rows + row[None, :], mask=between, other=1.0)
-        left, added = tl.associative_scan((left, added), 0, _then)
-        added += left * state[None, :]
-        tl.store(at, added.to(states_ptr.dtype.element_ty), mask=(m < parts)[:, None] & inside[None, :])
-        state = tl.sum(tl.where((m == start + PARTS - 1)[:, None], added, 0.0), 0)
+        # All are read before one is written, so that the reads are under way together.
+        read = ()
+        for i in tl.static_range(PARTS):
+            part = _part(states_ptr, left_ptr, start + i, parts, head, size, rows, number, BACK)
+            read = read + (part,)  # noqa: RUF005 (Triton unpacks no tuples)
+        for i in tl.static_range(PARTS):
+            at, inside, left, added = read[i]
+            state = state * left + added
+            tl.store(at, state.to(states_ptr.dtype.element_ty), mask=inside)
     if LAST:
+        inside = number < size
         final = 0 if BACK else parts - 1
-        left = tl.load(left_ptr + (head * parts + final) * rows + row, mask=inside, other=0.0)
+        left = tl.load(left_ptr + (head * parts + final) * rows + number // (size // rows), mask=inside, other=0.0)
         added = tl.load(last_ptr + head * size + number, mask=inside, other=0.0)
         tl.store(last_ptr + head * size + number, state * left + added, mask=inside)
 
@@ -67,5 +71,5 @@ def carry(states: Tensor, left: Tensor, outer: Tensor | None, last: Tensor, back
     with torch.cuda.device_of(states):
         carry_kernel[batch * heads, triton.cdiv(size, _NUMBERS)](
             states, left, outer, last, parts, size, left.shape[3] if left.dim() == 4 else 1,
-            OUTER=outer is not None, LAST=last.numel() > 0, BACK=back, PARTS=_PARTS, NUMBERS=_NUMBERS, num_warps=4,
+            OUTER=outer is not None, LAST=last.numel() > 0, BACK=back, PARTS=_PARTS, NUMBERS=_NUMBERS, num_warps=1,
         )  # fmt: skip

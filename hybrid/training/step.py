@@ -167,7 +167,9 @@ class StackStep:
                 logits = self.stack.forward(tokens)
             losses = F.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), reduction="none")
             losses = losses.view(members, -1).mean(dim=1)
-            losses.backward(self.share)
+            # In this thread: autograd's own has another cuBLAS handle, with workspaces (32 MiB a stream on an H100).
+            with torch.autograd.set_multithreading_enabled(False):
+                losses.backward(self.share)
             total.add_(losses.detach(), alpha=1 / trainer.grad_accum)
         self.optimizer.step(self.lr_now)
         return total

@@ -27,7 +27,7 @@ SSD = {"L": 64, "BP": 64, "BN": 128}
 DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
 PARTS = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32}
 ENDS = {"BN": 64, "OUTER": True, "LAST": True, "LEFT": False}
-CARRY = {"OUTER": True, "LAST": True, "PARTS": 32, "NUMBERS": 64}
+CARRY = {"OUTER": True, "LAST": True, "PARTS": 8, "NUMBERS": 256}
 ALONE = {"INITIAL": False, "FINAL": False}
 WITH_STATE = {"INITIAL": True, "FINAL": True}
 FLAT = {"num_stages": 1}
@@ -66,9 +66,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
         ssd_programs.ssd_walk_kernel, {**SSD, **ENDS, "OUTER": False, "LEFT": True, "BACK": False}, {"outer"},
         {"num_warps": 4},
     ),
-    "ssd carry": (carry.carry_kernel, {**CARRY, "BACK": False}, set(), {"num_warps": 4}),
-    "ssd carry back": (carry.carry_kernel, {**CARRY, "BACK": True}, set(), {"num_warps": 4}),
-    "wkv6 carry": (carry.carry_kernel, {**CARRY, "BACK": True, "LAST": False}, set(), {"num_warps": 4}),
+    "ssd carry": (carry.carry_kernel, {**CARRY, "BACK": False}, set(), {"num_warps": 1}),
+    "ssd carry back": (carry.carry_kernel, {**CARRY, "BACK": True}, set(), {"num_warps": 1}),
+    "wkv6 carry": (carry.carry_kernel, {**CARRY, "BACK": True, "LAST": False}, set(), {"num_warps": 1}),
     "ssd backward, one chunk": (
         ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders", "dstates"},
         {"num_warps": 4, **FLAT},
