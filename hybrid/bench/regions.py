@@ -23,7 +23,7 @@ WHOLE = "profiled steps"  # the annotation around them
 KERNELS = (
     (ATTENTION, r"flash|fmha|attention"),
     (MATMUL, r"^triton_tem|^triton_mm|gemm|cutlass|nvjet|xmma|gemv|splitk|cublas"),
-    (FUSED, r"^triton_(poi|red|per|for)|^_conv_|^_ddlerp_|^_gated_norm_"),
+    (FUSED, r"^triton_(poi|red|per|for)|^_conv_|^_ddlerp_"),
     (RWKV, r"wkv6|rwkv|chunk_gla"),
     (SSD, r"ssd|chunk_scan|chunk_state|state_passing|bmm_chunk|chunk_cumsum"),
     (BOTH, r"^_(forward|backward)_kernel$|^carry_kernel"),

@@ -21,8 +21,8 @@ class RWKV6(RWKV6Attention):
     """RWKV-6 time mixing: data-dependent token shift, data-dependent decay, matrix-valued state.
 
     Parameters, shapes and names are FLA's; the forward is the published one (arXiv:2404.05892, section 4) in plain
-    PyTorch around one call of ``kernels.wkv6``. FLA's own warning that its RWKV "is potentially buggy" is answered by
-    a test against an independent statement of the formulas.
+    PyTorch around ``kernels.ddlerp``, ``kernels.wkv6`` and ``kernels.norm_then_gate``. FLA's own warning that its RWKV
+    "is potentially buggy" is answered by a test against an independent statement of the formulas.
     """
 
     def __init__(self, d_model: int, cfg: RWKVConfig, kernels: KernelsConfig) -> None:

@@ -3,8 +3,8 @@
 ``wkv6`` is RWKV-6 (Finch), ``ssd`` is Mamba-2. Backends:
 
 - ``torch``: chunked matrix products in plain PyTorch, any device, the default on CPU (``wkv6.py``, ``ssd.py``);
-- ``triton``: one or two kernels forward and backward each, CUDA (``wkv6_triton.py``, ``ssd_triton.py`` and the
-  ``_programs`` of both);
+- ``triton``: one to three kernels forward and backward each, CUDA (``wkv6_triton.py``, ``ssd_triton.py``, the
+  ``_programs`` of both, and ``carry.py``);
 - ``fla`` for ``wkv6``: the Triton kernels of flash-linear-attention, CUDA only (``wkv6_fla.py``);
 - ``mamba_ssm`` for ``ssd``: the Triton kernels of mamba_ssm, CUDA only (``ssd_mamba.py``);
 - ``triton+fla``, ``triton+mamba_ssm``: ``triton`` for calls of at most ``LONGEST`` steps whose heads it can hold, the
@@ -40,7 +40,7 @@ LARGEST_STATE = 64 * 256  # state channels of a head, P N, each rounded up to a 
 LONGEST_FILTER = 4  # weights a channel of a convolution that its kernels hold
 MIXES = 5  # of a token shift: for r, w, k, v and g
 WIDEST_SHIFT, HIGHEST_RANK = 256, 64  # channels of a token shift, and the rank of a mix, that its kernels hold
-WIDEST_NORM = 2048  # channels that are normalised together, which the kernels of the gated norms hold
+WIDEST_NORM = 512  # channels that are normalised together, which the kernels of the gated norms hold
 _PACKAGE = {"triton": "triton", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _PACKAGE}
 
@@ -259,7 +259,9 @@ def ddlerp(
     return ddlerp_torch(x, delta, low, weight, bias)
 
 
-def _check_norm(name: str, x: Tensor, gate: Tensor, groups: int, **of_channels: Tensor) -> None:
+def _check_norm(name: str, x: Tensor, gate: Tensor, groups: int, eps: float, **of_channels: Tensor) -> None:
+    if eps <= 0:
+        raise ValueError(f"{name} needs an eps above 0, got {eps}")
     C = x.shape[-1]
     if x.dim() != 3 or gate.shape != x.shape or C % groups or any(p.shape != (C,) for p in of_channels.values()):
         named = {"x": x, "gate": gate, **of_channels}
@@ -276,7 +278,7 @@ def norm_then_gate(
     x and gate are [B,T,C], weight and bias [C]; ``backend`` is the one asked for ``wkv6``. Every step's ``groups`` of
     channels are normalised by themselves. Returns [B,T,C] in gate's dtype.
     """
-    _check_norm("norm_then_gate", x, gate, groups, weight=weight, bias=bias)
+    _check_norm("norm_then_gate", x, gate, groups, eps, weight=weight, bias=bias)
     if norm_backend("wkv6", backend, x.device.type, x.shape[2] // groups) == "triton":
         from hybrid.kernels.norms_triton import gated_norm_triton
 
@@ -290,7 +292,7 @@ def gate_then_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: fl
     x and gate are [B,T,C], weight [C]; ``backend`` is the one asked for ``ssd``. Every step's ``groups`` of channels
     are normalised by themselves. Returns [B,T,C] in gate's dtype.
     """
-    _check_norm("gate_then_norm", x, gate, groups, weight=weight)
+    _check_norm("gate_then_norm", x, gate, groups, eps, weight=weight)
     if norm_backend("ssd", backend, x.device.type, x.shape[2] // groups) == "triton":
         from hybrid.kernels.norms_triton import gated_norm_triton
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hybrid.kernels import LONGEST_FILTER
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import check_dtypes, strides, with_dense_models, with_dense_rows
+from hybrid.kernels.tiles import check_dtypes, silu, strides, with_dense_models, with_dense_rows
 
 CHANNELS, WARPS = 128, 2  # of a program: two channels a thread, loads of 4 bytes in bfloat16
 STEPS = 16  # of a program, without a branch between them, so that their loads are under way together
@@ -43,13 +43,6 @@ def _filter(weight_ptr, bias_ptr, C, BC: tl.constexpr):
 
 
 @triton.jit
-def _gradient(dy, u):
-    """Of u, where y = SiLU(u)."""
-    share = tl.sigmoid(u)
-    return dy * share * (1.0 + u * (1.0 - share))
-
-
-@triton.jit
 def _conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, T, C, weight_model, bias_model, sequences_per_model, x_batch, x_step,
     STEPS: tl.constexpr, BC: tl.constexpr,
@@ -69,7 +62,8 @@ def _conv_forward_kernel(
         t = start + i
         x3 = _at(x_ptr, t, T, x_step, here)
         u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-        tl.store(y_ptr + t * C, (u * tl.sigmoid(u)).to(y_ptr.dtype.element_ty), mask=here & (t < T))
+        y, _ = silu(u)
+        tl.store(y_ptr + t * C, y.to(y_ptr.dtype.element_ty), mask=here & (t < T))
         x0, x1, x2 = x1, x2, x3
 
 
@@ -99,7 +93,8 @@ def _conv_backward_kernel(
         t = stop + 2 - i
         x0 = _at(x_ptr, t - 3, T, x_step, here)
         u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-        du = _gradient(_at(dy_ptr, t, T, dy_step, here), u)
+        _, slope = silu(u)
+        du = _at(dy_ptr, t, T, dy_step, here) * slope
         du1, du2, du3 = du, du1, du2
         x1, x2, x3 = x0, x1, x2
     dw0 = tl.zeros((BC,), dtype=tl.float32)
@@ -111,7 +106,8 @@ def _conv_backward_kernel(
         t = stop - 1 - i
         x0 = _at(x_ptr, t - 3, T, x_step, here)
         u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-        du = _gradient(_at(dy_ptr, t, T, dy_step, here), u)
+        _, slope = silu(u)
+        du = _at(dy_ptr, t, T, dy_step, here) * slope
         dx = w3 * du + w2 * du1 + w1 * du2 + w0 * du3
         tl.store(dx_ptr + t * C, dx.to(dx_ptr.dtype.element_ty), mask=here & (t < T))
         dw0 += du * x0

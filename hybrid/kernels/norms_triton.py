@@ -6,8 +6,8 @@ backward pass but the inputs. With g SiLU(gate), mean over the group's channels,
     first the gate (Mamba-2)    s = x g             n = s / sqrt(mean(s^2) + eps)    y = n weight
     first the norm (RWKV-6)     s = x - mean(x)     n = s / sqrt(mean(s^2) + eps)    y = (n weight + bias) g
 
-and, where dn is the gradient of n, ``ds = (dn - n mean(dn n)) / sqrt(mean(s^2) + eps)``, less ``mean(dn)`` for x where
-it was centred. Numbers are float32 inside, whatever they are stored in.
+and, where dn is the gradient of n, ``ds = (dn - n mean(dn n)) / sqrt(mean(s^2) + eps)``; for x, where that was centred,
+less ``mean(ds)``. Numbers are float32 inside, whatever they are stored in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import check_dtypes, load, power_of_two, store, with_dense_models, with_dense_rows
+from hybrid.kernels.tiles import check_dtypes, load, power_of_two, silu, store, with_dense_models, with_dense_rows
 
 NUMBERS, WARPS = 2048, 4  # of a tile, and of a program
 
@@ -58,7 +58,7 @@ def _gated_norm_forward_kernel(
     x = _rows_of(x_ptr, model, first, rows, x_row, column, width, ROWS, BC)
     gate = _rows_of(gate_ptr, model, first, rows, gate_row, column, width, ROWS, BC)
     weight = _of_channels(weight_ptr, model, weight_model, column, width, BC)
-    opened = gate * tl.sigmoid(gate)
+    opened, _ = silu(gate)
     if GATE_FIRST:
         n, _ = _normalised(x * opened, width, norm_eps, False, BC)
         y = n * weight
@@ -81,9 +81,7 @@ def _gated_norm_backward_kernel(
     gate = _rows_of(gate_ptr, model, first, rows, gate_row, column, width, ROWS, BC)
     dy = _rows_of(dy_ptr, model, first, rows, dy_row, column, width, ROWS, BC)
     weight = _of_channels(weight_ptr, model, weight_model, column, width, BC)
-    share = tl.sigmoid(gate)
-    opened = gate * share
-    opening = share * (1.0 + gate * (1.0 - share))
+    opened, opening = silu(gate)
     channel = tl.arange(0, BC)
     out = model * rows * C + column
     sums = (model * tl.num_programs(0) + tl.program_id(0)) * C + column + channel

@@ -1,8 +1,8 @@
 """``torch.vmap`` over custom operators: several models of one shape in one kernel call.
 
 Every tensor that goes into or comes out of an operator here has the batch as its first axis, or, for what a model
-holds itself (bonus, decay rate, skip, filters), the models: row m serves the m-th of equal parts of the batch. So
-stacked models are one larger batch, and nothing that is stacked is copied.
+holds itself (bonus, decay rate, skip, filters, weights), the models: row m serves the m-th of equal parts of the
+batch. So stacked models are one larger batch, and nothing that is stacked is copied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Mamba-2 recurrence as one or two Triton kernels each way (why: ``wkv6_programs.py``).
+"""The Mamba-2 recurrence as one to three Triton kernels each way (why: ``wkv6_programs.py``).
 
 A program has one chunk of one head of one sequence. With h the state that enters it, a_t = dt_t A,
 upto_i = a_1 + ... + a_i and total = upto_L::
@@ -7,11 +7,11 @@ upto_i = a_1 + ... + a_i and total = upto_L::
     h'  = exp(total) h + sum_j exp(total - upto_j) dt_j x_j B_j^T
 
 Where the sequence is one chunk and no state goes in or out, only the first sum is left. Else a kernel before it walks
-the chunks for the states between them, or from the last to the first for their gradients; of a few long sequences it
-reads all chunks at the same time (``carry``). Products of tiles run in the
-inputs' precision (TF32 for float32) and add up in float32; exponents are float32 and at most zero. The gradient of a_t
-sums every term whose exponent holds it; the terms i = j hold none and are kept out of the sums that cancel. Gradients
-of B and C are written per head and summed over the heads of a group by torch.
+the chunks for the states between them, or from the last to the first for their gradients; of few sequences it reads
+all chunks at the same time, and another finds the states (``carry``). Products of tiles run in the inputs' precision
+(TF32 for float32) and add up in float32; exponents are float32 and at most zero. The gradient of a_t sums every term
+whose exponent holds it; the terms i = j hold none and are kept out of the sums that cancel. Gradients of B and C are
+written per head and summed over the heads of a group by torch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def ssd_walk_kernel(
     state = tl.zeros((BP, BN), dtype=tl.float32)
     if OUTER:
         state += load(outer_ptr + head.to(tl.int64) * P * N + column, 0, P, N, width, BP, BN).to(tl.float32)
-    if start == 0:
+    if start == 0 and not LEFT:
         at = before + chunks - 1 if BACK else before
         store(states_ptr + at * P * N + column, state, 0, P, N, width, BP, BN)
     for m in range(start, stop):

@@ -54,7 +54,8 @@ def _between(
     """Fill ``states`` [batch,H,chunks,P,N] and, unless it is empty, ``last``, as ``ssd_walk_kernel`` says."""
     batch, H, chunks, P, N = states.shape
     some = min(_COLUMNS, power_of_two(N))
-    # States of many sequences keep a GPU busy, and reading them once more costs more than a walk.
+    # States of many sequences keep a GPU busy, and reading them once more costs more than a walk. Few are added up from
+    # parts in the inputs' precision, which rounds them a little more.
     each = chunks if batch * H * P * N > _BUSY else 1
     outer = None if outer is None else outer.contiguous()
     left = dt.new_empty((0,) if each == chunks else (batch, H, chunks), dtype=_STATE)
@@ -82,7 +83,7 @@ def _forward(
     chunks, rows, columns = triton.cdiv(T, launch.chunk), power_of_two(P), power_of_two(N)
     y = x.new_empty(x.shape)
     final_state = x.new_empty((batch, H, P, N) if final else (0,), dtype=_STATE)
-    # The products that read them take the inputs' precision anyway.
+    # In the inputs' precision, which the products that read them have anyway.
     borders = x.new_empty(_border_shape(x, N, final or initial_state is not None))
     x, B, C = (with_dense_heads(t) for t in (x, B, C))
     dt, A, D = with_dense_rows(dt), A.contiguous(), None if D is None else with_dense_models(D)

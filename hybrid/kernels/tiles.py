@@ -1,4 +1,4 @@
-"""Loads and stores of [rows, columns] tiles, shared by the Triton kernels.
+"""Loads and stores of [rows, columns] tiles and what else the Triton kernels share.
 
 A tile's rows are steps of one sequence and head, ``stride`` elements apart; its columns are contiguous. What lies
 outside reads as zero and is not written.
@@ -32,6 +32,13 @@ def store(pointer, value, first, stop, stride, width, ROWS: tl.constexpr, COLUMN
     inside = (row < stop)[:, None] & (column < width)[None, :]
     value = value.to(pointer.dtype.element_ty)
     tl.store(pointer + row.to(tl.int64)[:, None] * stride + column[None, :], value, mask=inside)
+
+
+@triton.jit
+def silu(u):
+    """SiLU(u) and its derivative."""
+    share = tl.sigmoid(u)
+    return u * share, share * (1.0 + u * (1.0 - share))
 
 
 def with_dense_heads(x: Tensor) -> Tensor:

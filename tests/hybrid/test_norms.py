@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_gradients_that_are_not_dense(kind: str, device: str, dtype: str, tolera
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_stacked_models_have_their_own_weights(kind: str, device: str, dtype: str, tolerance: float) -> None:
-    *values, share = inputs(kind, (2, 40, 2, 16), dtype, device, models=3)
+    *values, share = inputs(kind, (2, 150, 2, 16), dtype, device, models=3)  # of each more rows than a tile has
     leaves = [t.detach().requires_grad_() for t in (*values[:2], *map(with_gaps, values[2:]))]
     y = torch.vmap(lambda *own: call(kind, list(own), 2, device))(*leaves)
     share = share.to(y.dtype)
@@ -105,8 +106,28 @@ def test_stacked_models_have_their_own_weights(kind: str, device: str, dtype: st
             assert relative_error(one[member], alone) < tolerance
 
 
+@pytest.mark.parametrize("device, dtype, tolerance", DEVICES[:2])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_several_gradients_of_models_with_one_input(kind: str, device: str, dtype: str, tolerance: float) -> None:
+    """The backward operator is mapped as well; x and the last parameter are those of all models."""
+    *values, share = inputs(kind, (2, 20, 2, 16), dtype, device, models=2)
+    dims = (None, *(0 for _ in values[1:-1]), None)
+    leaves = [(t if dim == 0 else t[0]).detach().requires_grad_() for t, dim in zip(values, dims, strict=True)]
+    y = torch.vmap(lambda *own: call(kind, list(own), 2, device), in_dims=dims)(*leaves)
+    weights = torch.tensor([[1.0, 1.0], [0.5, -1.0]], device=device)
+    found = torch.autograd.grad((y * share).sum((1, 2, 3)), leaves, weights, is_grads_batched=True)
+    own = [
+        expected(kind, [t if dim is None else t[m] for t, dim in zip(leaves, dims, strict=True)], 2, share[m])[1:]
+        for m in (0, 1)
+    ]
+    for one, dim, *alone in zip(found, dims, *own, strict=True):
+        for row, weight in zip(one, weights.cpu().double(), strict=True):
+            parts = [w * gradient for w, gradient in zip(weight, alone, strict=True)]
+            assert relative_error(row, torch.stack(parts) if dim == 0 else sum(parts)) < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrong", [0, 1, 2, -1])
 def test_wrong_shapes_are_named(wrong: int, kind: str) -> None:
     *values, _ = inputs(kind, (2, 5, 2, 16), "float32", "cpu")
     values[wrong] = values[wrong][..., :-1]
@@ -121,12 +142,19 @@ def test_groups_have_to_divide_the_channels(kind: str) -> None:
         call(kind, values, 3, "cpu")
 
 
+@pytest.mark.parametrize("function, own", [(norm_then_gate, 2), (gate_then_norm, 1)])
+def test_an_eps_of_zero_is_refused(function: Callable, own: int) -> None:
+    x, weight = torch.ones(2, 5, 32), torch.ones(32)
+    with pytest.raises(ValueError, match="needs an eps above 0, got 0"):
+        function(x, x, *[weight] * own, groups=2, eps=0.0)
+
+
 @pytest.mark.parametrize(
     ("op", "backend", "device", "width", "serves"),
     [
         ("wkv6", "triton+fla", "cuda", 32, "triton"),
-        ("ssd", "triton", "cuda", 2048, "triton"),
-        ("ssd", "triton+mamba_ssm", "cuda", 2049, "torch"),
+        ("ssd", "triton", "cuda", 512, "triton"),
+        ("ssd", "triton+mamba_ssm", "cuda", 513, "torch"),
         ("wkv6", "torch", "cuda", 32, "torch"),
         ("ssd", "auto", "cpu", 256, "torch"),
     ],

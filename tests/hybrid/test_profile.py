@@ -24,7 +24,10 @@ def shares(trace: list[dict[str, Any]]) -> dict[str, tuple[float, int]]:
     ("kernel", "region"),
     [
         ("wkv6_forward_kernel", "rwkv recurrence"),
+        ("wkv6_parts_kernel", "rwkv recurrence"),
+        ("carry_kernel", "rwkv or ssd recurrence"),
         ("_conv_backward_kernel", "elementwise, reduction"),
+        ("_gated_norm_backward_kernel", "elementwise, reduction"),
         ("chunk_rwkv6_bwd_kernel_dh", "rwkv recurrence"),
         ("ssd_backward_kernel", "ssd recurrence"),
         ("_chunk_scan_fwd_kernel", "ssd recurrence"),

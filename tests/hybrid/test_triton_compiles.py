@@ -90,12 +90,19 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     "norm then gate, backward": (norms_triton._gated_norm_backward_kernel, HEADS, set(), {"num_warps": 4}),
     "gate then norm": (norms_triton._gated_norm_forward_kernel, WHOLE, {"bias"}, {"num_warps": 4}),
     "gate then norm, backward": (norms_triton._gated_norm_backward_kernel, WHOLE, {"bias"}, {"num_warps": 4}),
+    "norm then gate, backward, narrowest": (
+        norms_triton._gated_norm_backward_kernel, {**HEADS, "ROWS": 128, "BC": 16}, set(), {"num_warps": 4},
+    ),
+    "gate then norm, backward, widest": (
+        norms_triton._gated_norm_backward_kernel, {**WHOLE, "ROWS": 4, "BC": 512}, {"bias"}, {"num_warps": 4},
+    ),
     "adamw squares": (adamw_triton._squares_kernel, {"BLOCK": 1024}, set(), {"num_warps": 4}),
     "adamw": (adamw_triton._adamw_kernel, {"BLOCK": 1024, "CLIP": True}, set(), {"num_warps": 4}),
     "conv forward": (conv_triton._conv_forward_kernel, {"STEPS": 16, "BC": 128}, set(), {"num_warps": 2}),
     "conv backward": (conv_triton._conv_backward_kernel, {"STEPS": 16, "BC": 128}, set(), {"num_warps": 2}),
 }  # fmt: skip
 IN_FLOAT32 = ["ddlerp forward", "ddlerp backward", "ddlerp backward, widest", "ddlerp sums", "ddlerp sums, widest"]
+IN_FLOAT32 += ["norm then gate, backward, narrowest", "gate then norm, backward, widest"]
 
 
 @pytest.mark.parametrize("case, wide", [*((case, False) for case in CASES), *((case, True) for case in IN_FLOAT32)])
@@ -105,7 +112,8 @@ def test_compiles(case: str, wide: bool) -> None:
     half = HALF | {"wkv6": {"a", "b"}, "ssd": {"borders", "states"}, "ddlerp": {"low", "dlow", "weight"}}.get(op, set())
     half -= {"ddlerp": {"x", "dx"}}.get(op, set())  # the residual stream
     if wide:
-        half, constants, options = set(), constants | {"PRECISION": "tf32x3"}, options | FLAT
+        half, options = set(), options | FLAT
+        constants = {key: "tf32x3" if key == "PRECISION" else value for key, value in constants.items()}
     signature, constexprs = {}, {}
     for index, name in enumerate(kernel.arg_names):
         tensor = name.removesuffix("_ptr")
