@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hybrid.config import ConfigError, group_options
 from hybrid.records import safe_name, short_hash
 from hybrid.schema import SweepConfig
+from sweeps.overwriting import check_nature, plain_key
 
 SEED_KEYS = ("seed_init", "seed_data")
 NO_WORDS = ("null", "true", "false", "inf", "nan")  # to Hydra, unless quoted
@@ -49,6 +50,8 @@ def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
     ``seed_init`` or ``seed_data`` there replaces the sweep's seeds. Every arm gets the same seeds. Raises
     ``ConfigError`` where the command line would overwrite what makes the arms differ.
     """
+    if sweep.only == [] or sweep.seeds == []:
+        raise ConfigError(f"sweep.{'only' if sweep.only == [] else 'seeds'}=[] leaves nothing to run; null is for all")
     fixed: dict[str, str] = {}  # key -> the line as given
     given: dict[str, list[str]] = {}
     for override in OverridesParser.create(config_loader=Groups()).parse_overrides(overrides=arguments):
@@ -85,11 +88,13 @@ def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
         raise ConfigError("variant names a single arm; these are named by their axes: leave it out")
     names = arm_names(["-".join(choice.name for choice in combination if choice.name) for combination in combinations])
     only = chosen(sweep, combinations, names)
-    return [
-        Job(name, (*fixed.values(), *(line for choice in combination for line in choice.overrides)))
+    arms = [
+        (name, tuple(line for choice in combination for line in choice.overrides))
         for name, combination in zip(names, combinations, strict=True)
         if name in only
     ]
+    check_nature(sweep.name, [lines for _, lines in arms], [*fixed.values(), *itertools.chain(*given.values())])
+    return [Job(name, (*fixed.values(), *lines)) for name, lines in arms]
 
 
 def chosen(sweep: SweepConfig, combinations: list[tuple[Choice, ...]], names: list[str | None]) -> set[str | None]:
@@ -124,10 +129,6 @@ def arm_names(wanted: list[str]) -> list[str | None]:
         alone = len(meant[safe_name(name)]) == 1
         names.append((safe_name(name) if alone else f"{safe_name(name)}-{short_hash(name)}") if name else None)
     return names
-
-
-def plain_key(line: str) -> str:
-    return line.lstrip("+~").partition("=")[0]
 
 
 def label(line: str) -> str:

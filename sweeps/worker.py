@@ -27,8 +27,8 @@ from hybrid.data import Corpus
 from hybrid.records import RunBusy, code_version
 from hybrid.run import PlannedRun, check_data, execute, fit_to_corpus, plan
 from hybrid.schema import Config
-from sweeps.expand import plain_key
 from sweeps.outcome import write_search_file
+from sweeps.overwriting import plain_key
 from sweeps.space import Space
 from sweeps.stopping import Noticed
 from sweeps.storage import storage_errors

@@ -135,14 +135,16 @@ def _seeds(row: dict[str, Any]) -> str:
 
 
 def _could_show(comparison: Comparison, arms: list[str]) -> str:
-    """The difference that the seeds show with a chance of 80%, of several arms the largest of these."""
+    """The difference that the seeds show with a chance of 80%: one, or the range over several arms."""
     rows = [comparison.difference(arm) for arm in arms]
     found = [row["smallest_detectable"] for row in rows if row["smallest_detectable"] == row["smallest_detectable"]]
     pairs = {int(row["pairs"]) for row in rows}
     if not found:
         return ""
     seeds = f"these {pairs.pop()} seeds" if len(pairs) == 1 else "these seeds"
-    return f" ({seeds} would show a difference of about {max(found):.4f} in four of five sweeps)"
+    low, high = f"{min(found):.4f}", f"{max(found):.4f}"
+    about = f"about {high}" if low == high else f"{low} to {high}, depending on the arm,"
+    return f" ({seeds} would show a difference of {about} in four of five sweeps)"
 
 
 def _is(arms: list[str]) -> str:

@@ -8,6 +8,7 @@ goes through the same values as in the real first 1,000 steps, only faster. What
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,8 +28,8 @@ from hybrid.schema import Config
 from hybrid.training.step import PlainStep
 
 ROWS, LENGTH = 8, 64
-LEAST_STEPS = 12  # whatever the time: fewer say nothing
-LEAST_FOR_BALANCE = 50  # steps before gate G4
+LEAST_STEPS = 12  # whatever the time: a few, so that a loss that is not finite shows
+LEAST_TO_JUDGE = 50  # steps before gates G3 and G4: the first gradients are large and badly balanced in any model
 LATE = 1.1  # the training ends at this multiple of its time, should the machine have become slower
 
 
@@ -97,19 +98,25 @@ def train(trial: Trial, cfg: Config, corpus: Corpus, model: torch.nn.Module, unt
     scaled(cfg, steps / trial.of)
     step = PlainStep(cfg, model, corpus)
     begun = time.monotonic()
+    unseen = []
     for number in range(1, steps + 1):
         step.run(number)
         loss = step.losses()[0][-1]
-        row = {"kind": "train", "step": number, "loss": loss, **step.norms_by_part(0)}
-        trial.watcher.see(row)
+        unseen.append({"kind": "train", "step": number, "loss": loss, **step.norms_by_part(0)})
+        if number >= LEAST_TO_JUDGE or number == trial.of or not math.isfinite(loss):
+            for row in unseen:
+                trial.watcher.see(row)
+            unseen.clear()
         trial.done = number
         late = time.monotonic() > begun + LATE * max(until - begun, 0.0)
         if late and number >= LEAST_STEPS:
             break
     taken = f"{cfg.trainer.batch_size} x {cfg.data.seq_len}"
     smaller = "" if taken == wanted else f" instead of {wanted}"
-    trial.remarks.append(f"G3 and G4 saw {trial.done:,} of {trial.of:,} steps at batch {taken}{smaller}")
-    if trial.done < cfg.gates.G4.every and trial.records["G4"]["reading"] == UNREAD:
+    trial.remarks.append(f"trained for {trial.done:,} of {trial.of:,} steps at batch {taken}{smaller}")
+    if unseen:
+        trial.remarks.append(f"too few steps for G3 and G4, which are first read at step {LEAST_TO_JUDGE}")
+    elif trial.done < cfg.gates.G4.every and trial.records["G4"]["reading"] == UNREAD:
         trial.remarks.append(f"too few steps for G4, which is first read at step {cfg.gates.G4.every}")
     if trial.done < trial.of:
         warmup = cfg.schedule.warmup_steps
@@ -135,4 +142,4 @@ def scaled(cfg: Config, share: float) -> None:
     cfg.schedule.warmup_steps = round(cfg.schedule.warmup_steps * share)
     cfg.trainer.max_steps = max(1, round(cfg.trainer.max_steps * share))
     # RWKV-6's output starts at zero, and so do most of its gradients: the first steps say nothing of the balance.
-    cfg.gates.G4.every = min(cfg.gates.G4.every, max(LEAST_FOR_BALANCE, round(cfg.gates.G4.every * share)))
+    cfg.gates.G4.every = min(cfg.gates.G4.every, max(LEAST_TO_JUDGE, round(cfg.gates.G4.every * share)))

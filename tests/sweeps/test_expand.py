@@ -269,6 +269,44 @@ def test_smoke_compares_all_fusions() -> None:
     assert all(f"fusion={arm}" in overrides for arm, overrides in content["arms"].items())
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["model.pattern=P"], "^model.pattern is what arms of sweep named differ in; leave it out$"),
+        (["model.pattern=P,P*2"], "^model.pattern is what arms of sweep named differ in"),
+        (["blocks=p4"], "^blocks sets model.pattern, which is what arms of sweep named differ in; leave it out$"),
+        (["model.d_model=64", "fusion=gain", "fusion.gate_init=0.5", "init=fla"], None),
+    ],
+)
+def test_the_command_line_makes_no_hybrids_of_controls(given: list[str], expected: str | None) -> None:
+    """What an arm's choice of a model stands for, though the arm does not name it."""
+    arms = {"hybrid": ["optim.lr=1e-3"], "rwkv": ["model=rwkv6"], "attention": ["model=transformer"]}
+    sweep = SweepConfig(name="named", arms=arms)
+    if expected is None:
+        assert len(expand(sweep, given)) == 3
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            expand(sweep, given)
+    sweep.only = ["rwkv"]  # by itself an arm differs from nothing
+    assert all("rwkv" in job.variant for job in expand(sweep, given))
+
+
+@pytest.mark.parametrize("key", ["only", "seeds"])
+def test_an_empty_list_is_not_everything(key: str) -> None:
+    sweep = SweepConfig(name="named", arms={"a": [], "b": ["fusion=gain"]}, seeds=[1, 2])
+    setattr(sweep, key, [])
+    with pytest.raises(ConfigError, match=rf"^sweep.{key}=\[\] leaves nothing to run"):
+        expand(sweep, [])
+
+
+def test_a_grid_of_blocks_keeps_its_patterns() -> None:
+    sweep = SweepConfig(name="named", grid={"blocks": ["p4", "p8"]})
+    assert len(expand(sweep, ["model=tiny"])) == 2  # blocks come after the model
+    with pytest.raises(ConfigError, match=r"^model.pattern is what arms of sweep named differ in"):
+        expand(sweep, ["model.pattern=P"])
+    assert len(expand(sweep, ["blocks=p4"])) == 1  # an axis of the grid can be replaced
+
+
 def test_only_some_arms() -> None:
     sweep = SweepConfig(name="named", arms={"a": ["fusion=gain"], "b": ["fusion=gated"]}, only=["b"])
     assert [job.variant for job in expand(sweep, [])] == ["b"]

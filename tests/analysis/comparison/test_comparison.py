@@ -115,6 +115,8 @@ def test_a_noisy_baseline_is_not_pooled(tmp_path, make_run):
     assert method.name == "holm" and method.p_spread < 0.001
     row = comparison.difference("a")
     assert row["p_adjusted"] == row["p_holm"] >= row["p"]
+    detectable = sorted(comparison.difference(arm)["smallest_detectable"] for arm in "abcd")
+    assert f"of {detectable[0]:.4f} to {detectable[-1]:.4f}, depending on the arm, in" in verdict(comparison).headline
     assert any("not pooled" in remark and "Holm" in remark for remark in verdict(comparison).remarks)
 
 
