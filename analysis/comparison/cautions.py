@@ -35,7 +35,7 @@ def cautions(comparison: Comparison, told: list[str]) -> list[str]:
             changed.setdefault(("no difference shown", "worse", "better")[shown], []).append(arm)
     if changed:
         words = "; ".join(f"{what}: {names(arms)}" for what, arms in changed.items())
-        found.append(f"By {METRIC_WORDS[other]} the verdict is another ({words}; see differences.csv).")
+        found.append(f"By {METRIC_WORDS[other]} the verdict is another for some arms ({words}; see differences.csv).")
     return found
 
 
