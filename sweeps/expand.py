@@ -51,7 +51,7 @@ def expand(sweep: SweepConfig, arguments: list[str]) -> list[Job]:
     ``ConfigError`` where the command line would overwrite what makes the arms differ.
     """
     if sweep.only == [] or sweep.seeds == []:
-        raise ConfigError(f"sweep.{'only' if sweep.only == [] else 'seeds'}=[] leaves nothing to run; null is for all")
+        raise ConfigError(f"sweep.{'only' if sweep.only == [] else 'seeds'}=[] leaves nothing to run; leave it out")
     fixed: dict[str, str] = {}  # key -> the line as given
     given: dict[str, list[str]] = {}
     for override in OverridesParser.create(config_loader=Groups()).parse_overrides(overrides=arguments):
