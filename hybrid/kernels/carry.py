@@ -7,7 +7,6 @@ once, each from an empty state, and what remains is a scan over the parts of num
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -56,7 +55,7 @@ def carry_kernel(
 
 
 def carry(states: Tensor, left: Tensor, outer: Tensor | None, last: Tensor, back: bool) -> None:
-    """Turn what parts add to a state into the states before them, in place.
+    """Turn what parts add to a state into the states before them, in place, on the current device.
 
     Args:
         states: [batch, heads, parts, rows, columns]; at part n what part n - 1 adds. At the first part nothing is read.
@@ -68,8 +67,7 @@ def carry(states: Tensor, left: Tensor, outer: Tensor | None, last: Tensor, back
     """
     batch, heads, parts = states.shape[:3]
     size = states[0, 0, 0].numel()
-    with torch.cuda.device_of(states):
-        carry_kernel[batch * heads, triton.cdiv(size, _NUMBERS)](
-            states, left, outer, last, parts, size, left.shape[3] if left.dim() == 4 else 1,
-            OUTER=outer is not None, LAST=last.numel() > 0, BACK=back, PARTS=_PARTS, NUMBERS=_NUMBERS, num_warps=1,
-        )  # fmt: skip
+    carry_kernel[batch * heads, triton.cdiv(size, _NUMBERS)](
+        states, left, outer, last, parts, size, left.shape[3] if left.dim() == 4 else 1,
+        OUTER=outer is not None, LAST=last.numel() > 0, BACK=back, PARTS=_PARTS, NUMBERS=_NUMBERS, num_warps=1,
+    )  # fmt: skip

@@ -48,17 +48,26 @@ def _of_channels(pointer, model, stride, column, width, BC: tl.constexpr):
 
 
 @triton.jit
-def _gated_norm_forward_kernel(
-    x_ptr, gate_ptr, weight_ptr, bias_ptr, y_ptr, rows, C, width, x_row, gate_row, weight_model, bias_model, norm_eps,
-    GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+def _tile(x_ptr, gate_ptr, weight_ptr, rows, width, x_row, gate_row, weight_model,
+          ROWS: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """This program's first row, first channel and model, and its x, SiLU(gate) with its derivative, and weights."""
     first = tl.program_id(0) * ROWS
     column = tl.program_id(1) * width
     model = tl.program_id(2).to(tl.int64)
     x = _rows_of(x_ptr, model, first, rows, x_row, column, width, ROWS, BC)
-    gate = _rows_of(gate_ptr, model, first, rows, gate_row, column, width, ROWS, BC)
+    opened, opening = silu(_rows_of(gate_ptr, model, first, rows, gate_row, column, width, ROWS, BC))
     weight = _of_channels(weight_ptr, model, weight_model, column, width, BC)
-    opened, _ = silu(gate)
+    return first, column, model, x, opened, opening, weight
+
+
+@triton.jit
+def _gated_norm_forward_kernel(
+    x_ptr, gate_ptr, weight_ptr, bias_ptr, y_ptr, rows, C, width, x_row, gate_row, weight_model, bias_model, norm_eps,
+    GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    first, column, model, x, opened, _, weight = _tile(
+        x_ptr, gate_ptr, weight_ptr, rows, width, x_row, gate_row, weight_model, ROWS, BC
+    )
     if GATE_FIRST:
         n, _ = _normalised(x * opened, width, norm_eps, False, BC)
         y = n * weight
@@ -74,14 +83,10 @@ def _gated_norm_backward_kernel(
     rows, C, width, x_row, gate_row, dy_row, weight_model, bias_model, norm_eps,
     GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
-    column = tl.program_id(1) * width
-    model = tl.program_id(2).to(tl.int64)
-    x = _rows_of(x_ptr, model, first, rows, x_row, column, width, ROWS, BC)
-    gate = _rows_of(gate_ptr, model, first, rows, gate_row, column, width, ROWS, BC)
+    first, column, model, x, opened, opening, weight = _tile(
+        x_ptr, gate_ptr, weight_ptr, rows, width, x_row, gate_row, weight_model, ROWS, BC
+    )
     dy = _rows_of(dy_ptr, model, first, rows, dy_row, column, width, ROWS, BC)
-    weight = _of_channels(weight_ptr, model, weight_model, column, width, BC)
-    opened, opening = silu(gate)
     channel = tl.arange(0, BC)
     out = model * rows * C + column
     sums = (model * tl.num_programs(0) + tl.program_id(0)) * C + column + channel

@@ -76,11 +76,18 @@ def ssd_walk_kernel(
 
 
 @triton.jit
-def _chunk(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, model, b, h, first,
+def _chunk(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, sequences_per_A,
            x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step,
            L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """A, and the chunk's dt, x, B, C, a, upto and decay [L,L], exp(upto_i - upto_j) for j <= i and zero elsewhere."""
+    """This program's sequence, head and model, the head's A, and of the chunk dt, x, B, C, a and upto.
+
+    Last decay [L,L], exp(upto_i - upto_j) for j <= i and zero elsewhere.
+    """
     low = x_ptr.dtype.element_ty
+    b = (tl.program_id(0) // H).to(tl.int64)
+    h = tl.program_id(0) % H
+    model = b // sequences_per_A
+    first = tl.program_id(1) * L
     row = first + tl.arange(0, L)
     group = h // (H // G)
     A = tl.load(A_ptr + model * H + h).to(tl.float32)
@@ -93,7 +100,7 @@ def _chunk(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, model, b, h, first
     gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
     causal = tl.arange(0, L)[:, None] >= tl.arange(0, L)[None, :]
     decay = tl.exp(tl.where(causal, gap, float("-inf")))
-    return A, dt, x, B, C, a, upto, decay
+    return b, h, model, A, dt, x, B, C, a, upto, decay
 
 
 @triton.jit
@@ -104,14 +111,9 @@ def ssd_forward_kernel(
     L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     low = x_ptr.dtype.element_ty
-    head = tl.program_id(0)
     n = tl.program_id(1)
-    b = (head // H).to(tl.int64)
-    h = head % H
-    model = b // sequences_per_A
-    first = n * L
-    _, dt, x, B, C, _, upto, decay = _chunk(
-        x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, model, b, h, first,
+    b, h, model, _, dt, x, B, C, _, upto, decay = _chunk(
+        x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, sequences_per_A,
         x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, L, BP, BN,
     )  # fmt: skip
     scores = tl.dot(C, tl.trans(B)) * (decay * dt[None, :])
@@ -119,9 +121,9 @@ def ssd_forward_kernel(
     if SKIP:
         y += tl.load(D_ptr + model * D_model + h).to(tl.float32) * x.to(tl.float32)
     if STATE:
-        state = load(borders_ptr + (head.to(tl.int64) * chunks + n) * P * N, 0, P, N, N, BP, BN)
+        state = load(borders_ptr + ((b * H + h) * chunks + n) * P * N, 0, P, N, N, BP, BN)
         y += tl.dot(C, tl.trans(state)) * tl.exp(upto)[:, None]
-    store(y_ptr + (b * T * H + h) * P, y, first, T, H * P, P, L, BP)
+    store(y_ptr + (b * T * H + h) * P, y, n * L, T, H * P, P, L, BP)
 
 
 @triton.jit
@@ -133,20 +135,16 @@ def ssd_backward_kernel(
     L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     low = x_ptr.dtype.element_ty
-    head = tl.program_id(0)
+    b, h, model, A, dt, x, B, C, a, upto, decay = _chunk(
+        x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, sequences_per_A,
+        x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, L, BP, BN,
+    )  # fmt: skip
     n = tl.program_id(1)
-    b = (head // H).to(tl.int64)
-    h = head % H
-    model = b // sequences_per_A
     of_chunk = (b * chunks + n) * H + h
     first = n * L
     row = first + tl.arange(0, L)
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
-    A, dt, x, B, C, a, upto, decay = _chunk(
-        x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, model, b, h, first,
-        x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, L, BP, BN,
-    )  # fmt: skip
     dy = load(dy_ptr + b * dy_batch + h * P, first, T, dy_step, P, L, BP).to(low)
     dweighted = tl.dot(dy, tl.trans(x))  # of (weighted scores) dt
     if SKIP:
@@ -164,7 +162,7 @@ def ssd_backward_kernel(
         dx += tl.load(D_ptr + model * D_model + h).to(tl.float32) * dy.to(tl.float32)
     if STATE:
         total = tl.sum(a, 0)
-        at = (head.to(tl.int64) * chunks + n) * P * N
+        at = ((b * H + h) * chunks + n) * P * N
         leaving = tl.exp(tl.minimum(total - upto, 0.0))
         dstate = load(dstates_ptr + at, 0, P, N, N, BP, BN)
         dx += tl.dot(B, tl.trans(dstate)) * (leaving * dt)[:, None]
