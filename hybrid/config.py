@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import typing
@@ -304,6 +305,14 @@ def from_yaml(path: Path | str) -> Config:
 def group_options(group: str) -> list[str]:
     """The choices of a configuration group: the names of its YAML files."""
     return sorted(path.stem for path in (CONF_DIR / group).glob("[!_]*.yaml"))
+
+
+@functools.cache
+def default_options() -> dict[str, str | None]:
+    """The configuration groups and what is chosen of each, in the order in which they are put together."""
+    entries = OmegaConf.load(CONF_DIR / "config.yaml").defaults
+    pairs = [next(iter(entry.items())) for entry in entries if not isinstance(entry, str)]
+    return {group: option for group, option in pairs if (CONF_DIR / group).is_dir()}
 
 
 def schema_keys() -> list[str]:

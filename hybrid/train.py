@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hybrid.arguments import describe, fail
-from hybrid.config import CONF_DIR, ConfigError, group_options, resolve, unknown_key
+from hybrid.config import CONF_DIR, ConfigError, default_options, group_options, resolve, unknown_key
 from hybrid.data import DataError
 from hybrid.records import RunBusy, variant_name
 from hybrid.run import PlannedRun, SweepFailed, check_data, execute, execute_together, plan
@@ -188,12 +188,7 @@ def print_help() -> None:
 
 def help_text() -> str:
     """Usage, the axes with their choices, and the keys of each axis's default choice, from the YAML files."""
-    defaults = {}
-    for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
-        if not isinstance(entry, str):
-            group, choice = next(iter(entry.items()))
-            if " " not in group:
-                defaults[group] = choice
+    defaults = default_options()
     lines = [USAGE, "Axes (AXIS=CHOICE; * is the default):"]
     for group, choice in defaults.items():
         lines.append(f"  {group}")

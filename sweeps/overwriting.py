@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from omegaconf import OmegaConf
 
-from hybrid.config import CONF_DIR, ConfigError
+from hybrid.config import CONF_DIR, ConfigError, default_options
 
 NATURE = ("model.pattern", "model.branches", "fusion.name", "init.name")  # what a choice of a group is made for
 
@@ -42,14 +42,6 @@ def nature(overrides: Iterable[str], defaults: bool = True) -> dict[str, tuple[i
         for key, value in set_by(group, options.get(group)).items():
             found[key] = max(found.get(key, (place, value)), (place, value), key=lambda pair: pair[0])
     return found
-
-
-@functools.cache
-def default_options() -> dict[str, str | None]:
-    """The configuration groups and what is chosen of each, in the order in which they are put together."""
-    entries = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "config.yaml").defaults)
-    pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
-    return {group: option for group, option in pairs if (CONF_DIR / group).is_dir()}
 
 
 @functools.cache
