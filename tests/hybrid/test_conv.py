@@ -5,26 +5,19 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.kernels import causal_conv, conv_backend
+from tests.hybrid.either_form import backend_for, on_devices
 from tests.hybrid.recurrences import with_gaps
 from tests.hybrid.test_kernels import relative_error
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKEND = "triton" if INTERPRETED else "torch"
 # B, T, C, K: single steps, more steps than a program has, channels that fill no program, other filter lengths
 SHAPES = [(2, 1, 8, 4), (1, 3, 20, 4), (2, 70, 140, 4), (3, 33, 16, 2), (2, 64, 384, 4), (2, 9, 8, 5)]
-DEVICES = [
-    pytest.param("cpu", "float32", 1e-6, id="cpu"),
-    pytest.param("cuda", "float32", 1e-6, id="cuda", marks=pytest.mark.gpu),
-    pytest.param("cuda", "bfloat16", 1e-2, id="cuda-bf16", marks=pytest.mark.gpu),
-][: 1 if INTERPRETED else None]
+DEVICES = on_devices(cpu=1e-6, cuda=1e-6, half=1e-2)
 
 
 def inputs(shape: tuple[int, ...], dtype: str, device: str, models: int = 1) -> list[Tensor]:
@@ -55,10 +48,6 @@ def check(shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> 
         assert relative_error(one, wanted) < tolerance
 
 
-def backend_for(device: str) -> str:
-    return "auto" if device == "cuda" else BACKEND
-
-
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_outputs_and_gradients(shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> None:
@@ -83,7 +72,7 @@ def test_gradients_that_are_not_dense(form: str, device: str, dtype: str, tolera
 def test_a_past_stands_before_the_first_step() -> None:
     x, weight, bias, share = inputs((2, 20, 12, 4), "float32", "cpu")
     whole = expected(x, weight, bias, share)[0]
-    second = causal_conv(x[:, 7:], weight, bias, past=x[:, 4:7], backend=BACKEND)
+    second = causal_conv(x[:, 7:], weight, bias, past=x[:, 4:7], backend=backend_for("cpu"))
     assert relative_error(second, whole[:, 7:]) < 1e-6
 
 
@@ -103,17 +92,18 @@ def test_stacked_models_have_their_own_filters(device: str, dtype: str, toleranc
 def test_wrong_shapes_are_named(shapes: tuple[tuple[int, ...], ...]) -> None:
     x, weight, bias = (torch.ones(shape) for shape in shapes)
     with pytest.raises(ValueError, match=r"causal_conv needs x \[B,T,C\].*got x \["):
-        causal_conv(x, weight, bias, backend=BACKEND)
+        causal_conv(x, weight, bias, backend=backend_for("cpu"))
 
 
 def test_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one step, got T=0"):
-        causal_conv(torch.ones(2, 0, 8), torch.ones(8, 4), torch.ones(8), backend=BACKEND)
+        causal_conv(torch.ones(2, 0, 8), torch.ones(8, 4), torch.ones(8), backend=backend_for("cpu"))
 
 
 def test_a_past_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs a past of \[2, 3, 8\], got \[2, 4, 8\]"):
-        causal_conv(torch.ones(2, 5, 8), torch.ones(8, 4), torch.ones(8), past=torch.ones(2, 4, 8), backend=BACKEND)
+        past = torch.ones(2, 4, 8)
+        causal_conv(torch.ones(2, 5, 8), torch.ones(8, 4), torch.ones(8), past, backend=backend_for("cpu"))
 
 
 @pytest.mark.parametrize(

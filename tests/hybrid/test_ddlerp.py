@@ -5,24 +5,18 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from hybrid.kernels import MIXES, ddlerp, ddlerp_backend
+from tests.hybrid.either_form import INTERPRETED, backend_for, on_devices
 from tests.hybrid.recurrences import with_gaps
 from tests.hybrid.test_kernels import relative_error
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # B, T, D, R: single steps, sizes that fill no tile, more tiles than one program of the sums takes
 SHAPES = [(2, 1, 16, 16), (3, 21, 20, 5), (2, 70, 64, 32), (1, 33, 192, 32), (4, 96, 32, 16)]
-DEVICES = [
-    pytest.param("cpu", "float32", 1e-6, id="cpu"),
-    pytest.param("cuda", "float32", 1e-5, id="cuda", marks=pytest.mark.gpu),
-    pytest.param("cuda", "bfloat16", 1e-2, id="cuda-bf16", marks=pytest.mark.gpu),
-][: 1 if INTERPRETED else None]
+DEVICES = on_devices(cpu=1e-6, cuda=1e-5, half=1e-2)
 NAMES = ("x", "delta", "low", "weight", "bias")
 
 
@@ -45,10 +39,6 @@ def expected(values: list[Tensor], shares: Tensor) -> list[Tensor]:
     mixes = [low[..., k * R : (k + 1) * R] @ weight[:, k * R : (k + 1) * R].T + bias[k] for k in range(MIXES)]
     y = torch.stack([x + delta * m for m in mixes])
     return [y, *torch.autograd.grad((y * shares.cpu().double()).sum(), (x, delta, low, weight, bias))]
-
-
-def backend_for(device: str) -> str:
-    return "triton" if INTERPRETED else "auto" if device == "cuda" else "torch"
 
 
 def held_against(values: list[Tensor], shares: Tensor, device: str, tolerance: float) -> None:

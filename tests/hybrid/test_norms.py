@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -13,18 +12,14 @@ import torch
 from torch import Tensor
 
 from hybrid.kernels import gate_then_norm, norm_backend, norm_then_gate
+from tests.hybrid.either_form import backend_for, on_devices
 from tests.hybrid.recurrences import with_gaps
 from tests.hybrid.test_kernels import relative_error
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EPS = 1e-2  # large, so that a wrong place for it shows
 # B, T, groups, channels of one: single steps, sizes that fill no tile, more rows than a tile, a norm of all channels
 SHAPES = [(2, 1, 1, 16), (3, 7, 4, 5), (2, 70, 2, 32), (1, 9, 1, 300), (2, 150, 4, 16)]
-DEVICES = [
-    pytest.param("cpu", "float32", 2e-6, id="cpu"),
-    pytest.param("cuda", "float32", 2e-6, id="cuda", marks=pytest.mark.gpu),
-    pytest.param("cuda", "bfloat16", 1e-2, id="cuda-bf16", marks=pytest.mark.gpu),
-][: 1 if INTERPRETED else None]
+DEVICES = on_devices(cpu=2e-6, cuda=2e-6, half=1e-2)
 KINDS = ["norm then gate", "gate then norm"]
 
 
@@ -60,8 +55,7 @@ def expected(kind: str, values: list[Tensor], groups: int, share: Tensor) -> lis
 
 def call(kind: str, values: list[Tensor], groups: int, device: str) -> Tensor:
     function = norm_then_gate if kind == "norm then gate" else gate_then_norm
-    backend = "triton" if INTERPRETED else "auto" if device == "cuda" else "torch"
-    return function(*values, groups=groups, eps=EPS, backend=backend)
+    return function(*values, groups=groups, eps=EPS, backend=backend_for(device))
 
 
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)

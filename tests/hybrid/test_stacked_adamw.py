@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 from typing import Any
 
 import pytest
@@ -18,13 +17,13 @@ from hybrid import build_model, kernels
 from hybrid.schema import OptimConfig
 from hybrid.training.stacked_adamw import StackedAdamW, update_backend
 from hybrid.training.step import PlainStep, StackStep
+from tests.hybrid.either_form import backend_for
 from tests.hybrid.stacked_update import Problem, check, problem
 from tests.runs import Setting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKEND = "triton" if INTERPRETED else "torch"
+BACKEND = backend_for("cpu")
 SIZES = [1, 300, 1024, 2500, 1040]  # a block of the kernels has 1024 numbers
 ATTENTION = ("model.pattern=A A",)  # no recurrences: their kernels are slow to interpret
 
