@@ -44,8 +44,8 @@ def plan_search(sweep: SweepConfig, arguments: list[str], compose: Compose) -> l
     """Every arm's space composed at its ends, its study opened or made. Raises ``ConfigError`` and ``StudyError``.
 
     A dimension on the command line (``optim.lr=tag(log,interval(1e-4,1e-2))``, ``fusion=choice(gated,gain)``) replaces
-    that of the space or is added, a single value takes it out; a plain list (``fusion=gated,gain``) of what is not in
-    the space makes arms.
+    that of the space or is added, a single value takes it out, and so does a value that an arm has of its own, for that
+    arm; a plain list (``fusion=gated,gain``) of what is not in the space makes arms.
     """
     for params in sweep.search.enqueue:
         if not isinstance(params, dict):
@@ -58,12 +58,11 @@ def plan_search(sweep: SweepConfig, arguments: list[str], compose: Compose) -> l
         raise ConfigError("a search trains one seed a trial: set seed_init and seed_data, not several seeds")
     arms = []
     for job in jobs:
-        clash = {plain_key(line) for line in job.overrides} & space.keys() - fixed.keys()
-        if clash:
-            where = f" in arm {job.variant}" if job.variant else ""
-            raise ConfigError(f"{sorted(clash)[0]} is both set and searched{where}; leave one out")
         set_here = {plain_key(line): line.partition("=")[2] for line in job.overrides}
         left = without(space, {**fixed, **set_here})
+        if space and not left:
+            where = f"arm {job.variant}" if job.variant else "this command"
+            raise ConfigError(f"{where} sets all that is searched ({', '.join(space)}); leave one out")
         gone = space.keys() - left.keys()  # of a known baseline they are then no part either
         known = [{key: value for key, value in params.items() if key not in gone} for params in sweep.search.enqueue]
         arms.append(plan_arm(job, name, left, [params for params in known if params], compose, sweep.dry_run))

@@ -263,6 +263,22 @@ def test_a_known_baseline_has_no_part_in_what_is_not_searched_any_more(small: Se
     assert trial["params"] == {"optim.lr": 1e-3, "optim.rwkv_lr_mult": 1.0, "fusion.gate_init": 0.5}
 
 
+def test_what_an_arm_sets_is_not_searched_for_it(small: Setting) -> None:
+    arms = ['+sweep.arms.free=["fusion=gain"]', '+sweep.arms.held=["fusion=gain","optim.eps=1.0e-3"]']
+    known = "sweep.search.enqueue=[{schedule.warmup_steps: 5, optim.eps: 1.0e-4}]"
+    lines = [*arms, "optim.eps=interval(1e-4,1e-2)", "sweep.name=h", "sweep.search.n_trials=1"]
+    rest = [line for line in small.with_() if not line.startswith("schedule.warmup_steps")]
+    answer = cli([*rest, *lines, known, "schedule.warmup_steps=range(2,8)"], "-m")
+    assert (answer.code, answer.err) == (0, "")
+    (free,), (held,) = (trials_of(small.out / "h", f"-{arm}") for arm in ("free", "held"))
+    assert free["params"] == {"schedule.warmup_steps": 5, "optim.eps": 1e-4}
+    assert held["params"] == {"schedule.warmup_steps": 5}
+    assert yaml.safe_load((small.out / "h" / held["folder"] / "config.yaml").read_text())["optim"]["eps"] == 1e-3
+    assert yaml.safe_load((small.out / "h" / "best-held.yaml").read_text())["optim"]["eps"] == 1e-3
+    answer = cli([*small.with_(), *lines, "sweep.name=i"], "-m")
+    assert answer.code == 2 and "arm held sets all that is searched (optim.eps); leave one out" in answer.err
+
+
 def test_two_objectives(small: Setting) -> None:
     objectives = ["sweep.search.metric=[best_val_loss,flops_per_token]", "sweep.search.direction=[minimize,minimize]"]
     line = "model.ffn_hidden=range(8,64,8)"
