@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,19 +9,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid.branches import BranchState
+from hybrid.branches import BranchState, fla_layers
 from hybrid.kernels import causal_conv, gate_then_norm, ssd
 from hybrid.schema import KernelsConfig, MambaConfig
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import fla.layers.mamba2 as fla_mamba2
 
-# FLA says at import and construction which of its own kernels are missing; this branch does not use them.
-logging.getLogger(fla_mamba2.__name__).setLevel(logging.ERROR)
-
-
-class Mamba2(fla_mamba2.Mamba2):
+class Mamba2(fla_layers.Mamba2):
     """Mamba-2: a selective state space model with A, B, C, D and a step size dt, in its SSD form.
 
     Parameters, shapes and names are FLA's; the forward (arXiv:2405.21060, section 7) is plain PyTorch around

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from hybrid.branches import BranchState
+from hybrid.branches.fla_layers import RWKV6Attention
 from hybrid.kernels import ddlerp, norm_then_gate, wkv6
 from hybrid.schema import KernelsConfig, RWKVConfig
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from fla.layers.rwkv6 import RWKV6Attention
 
 
 class RWKV6(RWKV6Attention):

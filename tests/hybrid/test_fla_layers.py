@@ -1,0 +1,56 @@
+"""FLA's packages are there as ever, but not all of FLA is imported for two layers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = "('fla.models', 'fla.layers.gla', 'fla.ops.abc', 'sklearn', 'scipy')"
+
+
+def python(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_layers_do_not_bring_the_rest_along() -> None:
+    assert python(f"import sys, hybrid.model; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
+
+
+@pytest.mark.parametrize("first", ["import hybrid.model", "import fla"])
+def test_the_rest_of_fla_is_there_when_it_is_wanted(first: str) -> None:
+    """Whichever is imported first, and the layers are the same classes."""
+    program = f"""
+{first}
+import fla, hybrid.model
+from hybrid.branches.mamba2 import Mamba2
+from hybrid.branches.rwkv6 import RWKV6
+from fla.layers import GatedLinearAttention
+from fla.models import RWKV6Config
+from fla.ops import chunk_gla
+print(issubclass(RWKV6, fla.layers.RWKV6Attention), issubclass(Mamba2, fla.layers.Mamba2), fla.ops.rwkv6.__name__)
+print(fla.__version__, type(fla.layers).__name__, hasattr(fla.layers, "no_such_layer"))
+"""
+    version = python("import importlib.metadata as m; print(m.version('fla-core'))")
+    assert python(program).split("\n") == ["True True fla.ops.rwkv6", f"{version} module False"]
+
+
+def test_a_package_whose_init_fails_says_so_every_time(tmp_path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "__init__.py").write_text("import there_is_no_such_module\n")
+    (tmp_path / "broken" / "whole.py").write_text("number = 6\n")
+    program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from hybrid.branches.fla_layers import put_off
+put_off("broken"); put_off("no_such_package")
+from broken.whole import number
+import broken
+for _ in range(2):
+    try:
+        broken.anything
+    except ModuleNotFoundError as error:
+        print(number, error.name)
+"""
+    assert python(program).split("\n") == ["6 there_is_no_such_module"] * 2
