@@ -1,8 +1,9 @@
 """``python -m analysis.publish DIR TARGET``: the records of a sweep, small and without what only its machine knows.
 
 Copies of every finished run ``config.yaml``, ``metrics.jsonl``, ``summary.json`` and, where there is one,
-``diagnosis.json``; of the first seed of every arm also ``probe.jsonl`` and ``gpu.jsonl`` (``--probes all|none``); of
-the sweep ``sweep.json``, and of a search ``search.json`` and ``best.yaml`` (or ``search-ARM.json``, ``best-ARM.yaml``).
+``diagnosis.json``; of the first seed of every arm, of a search of the first trial, also ``probe.jsonl`` and
+``gpu.jsonl`` (``--probes all|none``); of the sweep ``sweep.json``, and of a search ``search.json`` and ``best.yaml``
+(or ``search-ARM.json``, ``best-ARM.yaml``).
 Never weights, checkpoints and logs, nor ``study.journal``: what a search found stands in ``search.json``.
 
 Paths (``out``, ``data.path``, ``data.cache_dir``), the storage and the workers of a search, and keys that say how runs
@@ -42,8 +43,8 @@ class FinishedRun:
     """What is known of a run before anything is written."""
 
     folder: Path
-    arm: str
-    seed: int
+    arm: str  # of a trial of a search, the study
+    seed: int  # of a trial its number
     texts: dict[str, str]  # the cleaned records by the names of their files
     copied: list[str]  # names of files that are copied as they are
 
@@ -99,6 +100,8 @@ def read_run(folder: Path) -> FinishedRun:
         raise PublishError(f"{folder / 'summary.json'}: variant is not the name of an arm")
     if seed is None:
         raise PublishError(f"{folder / 'summary.json'}: seed_init is not a whole number")
+    if isinstance(trial := summary.get("trial"), dict):
+        arm, seed = f"search {trial.get('study')}", whole(trial.get("number")) or 0
     copied = [name for name in (LOGGED, *LONG) if (folder / name).exists()]
     for name in copied:
         (folder / name).open("rb").close()

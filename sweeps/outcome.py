@@ -58,6 +58,7 @@ def snapshot(study: Study, arm: Config, importance: bool) -> dict[str, Any]:
         "sampler": str(search.sampler["_target_"]).rpartition(".")[2],
         "pruner": str(search.pruner["_target_"]).rpartition(".")[2],
         "n_trials": search.n_trials,
+        "fresh_seeds": fresh_seeds(arm),
         "metrics": study.metrics,
         "directions": study.directions,
         "space": study.space.describe(),
@@ -70,6 +71,11 @@ def snapshot(study: Study, arm: Config, importance: bool) -> dict[str, Any]:
             "without_pruning": sum(trial["max_steps"] for trial in ended),
         },
     }
+
+
+def fresh_seeds(cfg: Config) -> list[int]:
+    """Five seeds that had no part in a search, to confirm what it found."""
+    return [seed for seed in range(7) if seed not in (cfg.seed_init, cfg.seed_data)][:5]
 
 
 def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
@@ -133,8 +139,9 @@ def write_best(
     own = {section: given for section, given in differs.items() if given}
     body = {"defaults": ["config", *groups, "_self_"], "sweep": {"name": f"{study.root.name}-{name}"}, **own}
     values = ", ".join(f"{metric} {value:.6g}" for metric, value in zip(study.metrics, trial.values, strict=True))
-    text = f"# Trial {trial.number} of the search {study.name}: {values} (one seed). Over several seeds:\n"
-    text += f"#   python -m hybrid.train -m --config-dir {study.root} --config-name {name} sweep.seeds=[0,1,2,3,4]\n"
+    text = f"# Trial {trial.number} of the search {study.name}: {values} (one seed). Over other seeds:\n"
+    seeds = ",".join(map(str, fresh_seeds(cfg)))
+    text += f"#   python -m hybrid.train -m --config-dir {study.root} --config-name {name} 'sweep.seeds=[{seeds}]'\n"
     if trial.user_attrs.get("code") != code_version():
         text += "# It was trained by another version of the code.\n"
     with storage_errors(str(path)):

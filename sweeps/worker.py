@@ -116,18 +116,36 @@ def arm_overrides(space: Space) -> list[str]:
 
 def judge_of(study: Study, trial: Trial) -> Callable[[int, float], str | None]:
     """Reports an evaluation to the study and asks its pruner, but for known baselines: others are held against them."""
-    never = isinstance(study.pruner, NopPruner) or trial.user_attrs.get("enqueued", False)
-    reported = set(trial.storage.get_trial(trial._trial_id).intermediate_values)
+    known = trial.user_attrs.get("enqueued", False)
+    report = reporter(study, trial)
 
     def judge(step: int, loss: float) -> str | None:
         if len(study.metrics) > 1:
             return None  # Optuna takes no intermediate values of several objectives
         with storage_errors(study.where):
-            if step not in reported:
-                trial.report(loss, step)
-            return PRUNED if not never and trial.should_prune() else None
+            report(step, loss)
+            # Asked of known ones as well: successive halving compares a trial with those that have been asked about.
+            worse = not isinstance(study.pruner, NopPruner) and trial.should_prune()
+            return PRUNED if worse and not known else None
 
     return judge
+
+
+def reporter(study: Study, trial: Trial) -> Callable[[int, float], None]:
+    """Reports the loss of a step that was not reported before, in the terms of the metric.
+
+    Of the best validation loss that is the best so far: a trial past its best is worth no less to the search.
+    """
+    reported = dict(trial.storage.get_trial(trial._trial_id).intermediate_values)
+
+    def report(step: int, loss: float) -> None:
+        if step in reported:
+            return
+        earlier = [value for at, value in reported.items() if at < step and math.isfinite(value)]
+        reported[step] = min([loss, *earlier]) if study.metrics == ["best_val_loss"] and math.isfinite(loss) else loss
+        trial.report(reported[step], step)
+
+    return report
 
 
 def wait_and_execute(
@@ -150,11 +168,10 @@ def tell(study: Study, trial: Trial, run: PlannedRun, summary: dict[str, Any]) -
         study.fail(trial, f"{status}: {reason}", again=status == "failed")
         return
     if len(study.metrics) == 1:  # all that the run evaluated, also where an earlier trial or call trained it
-        reported = set(trial.storage.get_trial(trial._trial_id).intermediate_values)
+        report = reporter(study, trial)
         for row in run.folder.rows():
-            known = row.get("kind") != "eval" or row["step"] == 0 or row["step"] in reported
-            if not known and row["val_loss"] is not None:
-                trial.report(row["val_loss"], row["step"])
+            if row.get("kind") == "eval" and row["step"] > 0 and row["val_loss"] is not None:
+                report(row["step"], row["val_loss"])
     if (status, reason) == ("stopped", PRUNED):
         study.optuna.tell(trial, state=TrialState.PRUNED)
         return

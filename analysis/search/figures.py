@@ -51,7 +51,8 @@ def _history(ax: Axes, search: Search, i: int) -> None:
     pruned = [t for t in search.of_state(PRUNED) if i == 0 and not math.isnan(t.last)]
     if pruned:  # their last intermediate value, held inside the panel
         heights = np.clip([t.last for t in pruned], low, high)
-        label = "pruned (last value before)"
+        beyond = any(not low <= t.last <= high for t in pruned)
+        label = "pruned (last value before" + (", at the edge: beyond it)" if beyond else ")")
         ax.scatter([t.number for t in pruned], heights, s=26, color=_GREY, marker="v", lw=0, label=label, zorder=2.5)
     failed = search.of_state(FAIL)
     if failed:

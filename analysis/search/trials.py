@@ -56,7 +56,7 @@ class Trial:
     state: str
     params: dict[str, Any]
     values: tuple[float, ...]
-    intermediate: dict[int, float]  # step -> validation loss
+    intermediate: dict[int, float]  # step -> validation loss, of best_val_loss the best so far
     reason: str | None
     folder: str | None  # of its run, relative to the folder of the search
     run_id: str | None
@@ -82,6 +82,7 @@ class Search:
     sampler: str
     pruner: str
     n_trials: int
+    fresh_seeds: tuple[int, ...]  # that had no part in it
     metrics: tuple[str, ...]
     directions: tuple[str, ...]  # minimize or maximize
     space: tuple[Dimension, ...]
@@ -158,6 +159,7 @@ def read_search(file: Path, directory: Path) -> Search | str:
         sampler=str(content.get("sampler") or "not recorded"),
         pruner=str(content.get("pruner") or "not recorded"),
         n_trials=whole(content.get("n_trials")) or len(by_number),
+        fresh_seeds=tuple(_whole_numbers(content.get("fresh_seeds"))) or (1, 2, 3, 4, 5),
         metrics=metrics,
         directions=directions,
         space=tuple(_dimension(name, spec) for name, spec in _dict(space).items() if isinstance(spec, dict)),
@@ -209,6 +211,10 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def _numbers(value: Any) -> dict[str, float]:
     return {key: number(v) for key, v in _dict(value).items() if math.isfinite(number(v))}
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    return [x for x in map(whole, value) if x is not None] if isinstance(value, list) else []
 
 
 def _text(value: Any) -> str | None:

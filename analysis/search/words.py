@@ -112,10 +112,11 @@ def _evidence(search: Search, shown_as: str, several: bool) -> str:
     name = f"best-{search.arm}" if search.arm else "best"
     file = f"{name}.yaml"
     if (search.path / file).exists():
-        command = f"python -m hybrid.train -m --config-dir {shown_as} --config-name {name} sweep.seeds=[0,1,2,3,4]"
-        return f"{text} To confirm it, run {file} over seeds beside the known configuration: {command}"
+        seeds = ",".join(map(str, search.fresh_seeds))
+        command = f"python -m hybrid.train -m --config-dir {shown_as} --config-name {name} 'sweep.seeds=[{seeds}]'"
+        return f"{text} To confirm it, run {file} over other seeds beside the known configuration: {command}"
     which = "the chosen trial" if several else "the best trial"
-    return f"{text} To confirm it, run {which} and the known configuration over several seeds."
+    return f"{text} To confirm it, run {which} and the known configuration over other seeds."
 
 
 def _counts(search: Search) -> str:

@@ -85,6 +85,15 @@ def test_whose_probes_are_kept(sweep: Path, tmp_path: Path, probes: str, seeds: 
     assert found == seeds
 
 
+def test_of_a_search_the_first_trials_probes_are_kept(sweep: Path, tmp_path: Path) -> None:
+    for number, run in enumerate(sorted(path.parent for path in sweep.glob("*/summary.json"))):
+        record = json.loads((run / "summary.json").read_text())
+        trial = {"study": f"s-{record['variant']}", "number": number}
+        (run / "summary.json").write_text(json.dumps(record | {"variant": f"trial-{number:03d}", "trial": trial}))
+    assert main([str(sweep), str(tmp_path / "copy")]) == 0
+    assert {path.parent.name for path in (tmp_path / "copy").glob("*/probe.jsonl")} == {"gain-3", "gated-3"}
+
+
 def test_a_report_of_the_copy_is_that_of_the_sweep(sweep: Path, tmp_path: Path) -> None:
     assert main([str(sweep), str(tmp_path / "copy")]) == 0
     for folder in (sweep, tmp_path / "copy"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -14,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from sweeps import worker
 from tests.processes import holder, metrics_steps
@@ -74,6 +78,39 @@ def test_a_search_says_what_it_found(search: Search) -> None:
     assert f"best configuration: {search.root}/best.yaml" in lines and f"all trials: {search.root}/search.json" in lines
 
 
+def best_so_far(folder: Path) -> dict[str, float]:
+    """By step, the lowest validation loss up to it."""
+    evaluated = {str(row["step"]): row["val_loss"] for row in rows(folder) if row["kind"] == "eval" and row["step"] > 0}
+    return dict(zip(evaluated, itertools.accumulate(evaluated.values(), min), strict=True))
+
+
+def test_a_pruner_judges_what_the_search_looks_for(small: Setting) -> None:
+    """Of the best loss the best so far, where the loss rises again; of the final one the loss itself."""
+    rest = [line for line in small.with_() if not line.startswith(("optim.", "schedule.", "trainer.eval_every"))]
+    lines = ["optim.lr=interval(0.5,0.6)", "schedule.warmup_steps=1", "sweep.search.n_trials=1", "optim.grad_clip=0.0",
+             "trainer.eval_every=1", "pruner=median"]  # fmt: skip
+    for metric in ("best_val_loss", "final_val_loss"):
+        assert cli([*rest, *lines, f"sweep.name={metric}", f"sweep.search.metric={metric}"], "-m").code == 0
+        root = small.out / metric
+        (trial,) = trials_of(root)
+        losses = [row["val_loss"] for row in rows(root / trial["folder"]) if row["kind"] == "eval" and row["step"] > 0]
+        told = list(trial["intermediate"].values())
+        assert losses != sorted(losses, reverse=True)  # it rises
+        assert told == (list(itertools.accumulate(losses, min)) if metric == "best_val_loss" else losses)
+
+
+def test_others_are_held_against_known_points(small: Setting) -> None:
+    """A known point is never pruned, but has its place on the rungs of successive halving."""
+    known = "sweep.search.enqueue=[{optim.lr: 1.0e-9},{optim.lr: 1.0e-2}]"
+    rungs = ["pruner=sha", *EVALUATED, "sweep.search.pruner.min_resource=3", "sweep.search.pruner.reduction_factor=2"]
+    lines = without_lr(small, "sweep.name=k", "optim.lr=interval(1e-9,1e-2)", "sweep.search.n_trials=2", known, *rungs)
+    assert cli(lines, "-m").code == 0
+    assert [trial["state"] for trial in trials_of(small.out / "k")] == ["COMPLETE"] * 2
+    storage = JournalStorage(JournalFileBackend(str(small.out / "k" / "study.journal")))
+    for trial in optuna.load_study(study_name=None, storage=storage).trials:
+        assert trial.system_attrs["completed_rung_0"] == trial.intermediate_values[3]
+
+
 def test_every_trial_has_its_run_and_every_run_its_trial(search: Search) -> None:
     trials = search.found["trials"]
     assert [trial["number"] for trial in trials] == list(range(N))
@@ -85,9 +122,8 @@ def test_every_trial_has_its_run_and_every_run_its_trial(search: Search) -> None
         config = yaml.safe_load((search.root / trial["folder"] / "config.yaml").read_text())
         assert config["optim"]["lr"] == trial["params"]["optim.lr"]
         assert config["fusion"]["name"] == trial["params"]["fusion"]
-        evaluated = {str(row["step"]): row["val_loss"] for row in rows(search.root / trial["folder"]) if
-                     row["kind"] == "eval" and row["step"] > 0}  # fmt: skip
-        assert trial["intermediate"] == evaluated and trial["steps"] == record["steps"]
+        assert trial["intermediate"] == best_so_far(search.root / trial["folder"])
+        assert trial["steps"] == record["steps"]
 
 
 def test_a_pruned_run_keeps_its_record_and_saves_steps(search: Search) -> None:

@@ -58,7 +58,10 @@ def test_how_to_confirm_names_the_file_that_is_there(tmp_path, trials):
     write_search(tmp_path, trials)
     assert "--config-name" not in said(tmp_path)[1]["evidence"]
     (tmp_path / "best.yaml").write_text("")
-    assert "--config-dir outputs/lr --config-name best sweep.seeds=[0,1,2,3,4]" in said(tmp_path)[1]["evidence"]
+    command = "python -m hybrid.train -m --config-dir outputs/lr --config-name best 'sweep.seeds="
+    assert f"{command}[1,2,3,4,5]'" in said(tmp_path)[1]["evidence"]
+    write_search(tmp_path, trials, fresh_seeds=[0, 1, 2, 4, 5])
+    assert f"{command}[0,1,2,4,5]'" in said(tmp_path)[1]["evidence"]
 
 
 def test_best_known_configuration(tmp_path):
