@@ -76,27 +76,31 @@ def ssd_walk_kernel(
 
 
 @triton.jit
-def _decays(dt_ptr, A_ptr, first, T, dt_step, L: tl.constexpr):
-    """Of a head its A, and of a chunk of it dt, a and upto [L]."""
-    row = first + tl.arange(0, L)
-    A = tl.load(A_ptr).to(tl.float32)
-    dt = tl.load(dt_ptr + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
-    a = tl.maximum(dt * A, LOWEST)
-    return A, dt, a, tl.cumsum(a, 0)
-
-
-@triton.jit
-def _own(x_ptr, dt_ptr, A_ptr, first, T, P, x_step, dt_step, L: tl.constexpr, BP: tl.constexpr):
-    """Of a chunk what is a head's own: A, dt, x [L,BP], a and upto.
+def _chunk(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, sequences_per_A,
+           x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step,
+           L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """This program's sequence, head and model, the head's A, and of the chunk dt, x, B, C, a and upto.
 
     Last decay [L,L], exp(upto_i - upto_j) for j <= i and zero elsewhere.
     """
-    A, dt, a, upto = _decays(dt_ptr, A_ptr, first, T, dt_step, L)
-    x = load(x_ptr, first, T, x_step, P, L, BP)
+    low = x_ptr.dtype.element_ty
+    b = (tl.program_id(0) // H).to(tl.int64)
+    h = tl.program_id(0) % H
+    model = b // sequences_per_A
+    first = tl.program_id(1) * L
+    row = first + tl.arange(0, L)
+    group = h // (H // G)
+    A = tl.load(A_ptr + model * H + h).to(tl.float32)
+    dt = tl.load(dt_ptr + b * dt_batch + h + row.to(tl.int64) * dt_step, mask=row < T, other=0.0).to(tl.float32)
+    x = load(x_ptr + b * x_batch + h * P, first, T, x_step, P, L, BP)
+    B = load(B_ptr + b * B_batch + group * N, first, T, B_step, N, L, BN).to(low)
+    C = load(C_ptr + b * C_batch + group * N, first, T, C_step, N, L, BN).to(low)
+    a = tl.maximum(dt * A, LOWEST)
+    upto = tl.cumsum(a, 0)
     gap = tl.minimum(upto[:, None] - upto[None, :], 0.0)
     causal = tl.arange(0, L)[:, None] >= tl.arange(0, L)[None, :]
     decay = tl.exp(tl.where(causal, gap, float("-inf")))
-    return A, dt, x, a, upto, decay
+    return b, h, model, A, dt, x, B, C, a, upto, decay
 
 
 @triton.jit
@@ -107,15 +111,11 @@ def ssd_forward_kernel(
     L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     low = x_ptr.dtype.element_ty
-    b = (tl.program_id(0) // H).to(tl.int64)
-    h = tl.program_id(0) % H
     n = tl.program_id(1)
-    model = b // sequences_per_A
-    group = h // (H // G) * N
-    B = load(B_ptr + b * B_batch + group, n * L, T, B_step, N, L, BN).to(low)
-    C = load(C_ptr + b * C_batch + group, n * L, T, C_step, N, L, BN).to(low)
-    _, dt, x, _, upto, decay = _own(x_ptr + b * x_batch + h * P, dt_ptr + b * dt_batch + h, A_ptr + model * H + h,
-                                    n * L, T, P, x_step, dt_step, L, BP)  # fmt: skip
+    b, h, model, _, dt, x, B, C, _, upto, decay = _chunk(
+        x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, sequences_per_A,
+        x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, L, BP, BN,
+    )  # fmt: skip
     scores = tl.dot(C, tl.trans(B)) * (decay * dt[None, :])
     y = tl.dot(scores.to(low), x)
     if SKIP:
@@ -132,87 +132,68 @@ def ssd_backward_kernel(
     dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr,
     T, H, G, P, N, sequences_per_A, chunks, D_model,
     x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, dy_batch, dy_step,
-    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr, HEADS: tl.constexpr,
+    L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """``HEADS`` heads of one group one after another: of those dB and dC are summed here."""
     low = x_ptr.dtype.element_ty
-    programs = H // HEADS
-    b = (tl.program_id(0) // programs).to(tl.int64)
-    q = tl.program_id(0) % programs
+    b, h, model, A, dt, x, B, C, a, upto, decay = _chunk(
+        x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, T, H, G, P, N, sequences_per_A,
+        x_batch, x_step, dt_batch, dt_step, B_batch, B_step, C_batch, C_step, L, BP, BN,
+    )  # fmt: skip
     n = tl.program_id(1)
+    of_chunk = (b * chunks + n) * H + h
     first = n * L
-    model = b // sequences_per_A
-    group = q * HEADS // (H // G) * N
-    B_ptr += b * B_batch + group
-    C_ptr += b * C_batch + group
     row = first + tl.arange(0, L)
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
-    # B and C are read where they are needed: to keep them would take the registers of what is computed between.
-    B = load(B_ptr, first, T, B_step, N, L, BN).to(low)
-    products = tl.dot(load(C_ptr, first, T, C_step, N, L, BN).to(low), tl.trans(B))
-    dscores = tl.zeros((L, L), dtype=tl.float32)
-    for h in range(q * HEADS, q * HEADS + HEADS):
-        of_chunk = (b * chunks + n) * H + h
-        A, dt, x, a, upto, decay = _own(x_ptr + b * x_batch + h * P, dt_ptr + b * dt_batch + h, A_ptr + model * H + h,
-                                        first, T, P, x_step, dt_step, L, BP)  # fmt: skip
-        dy = load(dy_ptr + b * dy_batch + h * P, first, T, dy_step, P, L, BP).to(low)
-        dweighted = tl.dot(dy, tl.trans(x))  # of (weighted scores) dt
-        if SKIP:
-            tl.store(dD_ptr + of_chunk, tl.sum(tl.sum(tl.where(i == j, dweighted, 0.0), 1), 0))
-        scores = products * decay
-        through = scores * dweighted  # per unit of dt_j
-        ddt = tl.sum(through, 0)
-        through = tl.where(i > j, through * dt[None, :], 0.0)
-        later = tl.sum(through, 1) - tl.sum(through, 0)  # counts for every step up to this one
-        dscores += dweighted * decay * dt[None, :]
-        dx = tl.dot(tl.trans((scores * dt[None, :]).to(low)), dy)
-        if SKIP:
-            dx += tl.load(D_ptr + model * D_model + h).to(tl.float32) * dy.to(tl.float32)
-        if STATE:
-            total = tl.sum(a, 0)
-            at = ((b * H + h) * chunks + n) * P * N
-            dstate = load(dstates_ptr + at, 0, P, N, N, BP, BN)
-            B = load(B_ptr, first, T, B_step, N, L, BN).to(low)
-            dx_state = tl.dot(B, tl.trans(dstate)) * tl.exp(tl.minimum(total - upto, 0.0))[:, None]
-            earlier = tl.sum(dx_state * x.to(tl.float32), 1)  # times dt counts for every step after this one
-            ddt += earlier
-            dx += dx_state * dt[:, None]
-        store(dx_ptr + (b * T * H + h) * P, dx, first, T, H * P, P, L, BP)
-        if STATE:
-            state = load(borders_ptr + at, 0, P, N, N, BP, BN)
-            C = load(C_ptr, first, T, C_step, N, L, BN).to(low)
-            later += tl.sum(tl.dot(C, tl.trans(state)) * dy.to(tl.float32), 1) * tl.exp(upto)
-            da = tl.sum(tl.where(i >= j, later[:, None], (earlier * dt)[:, None]), 0)
-            product = 0.0
-            for p in range(0, BP, 16):
-                some = load(borders_ptr + at, p, P, N, N, 16, BN).to(tl.float32)
-                some *= load(dstates_ptr + at, p, P, N, N, 16, BN).to(tl.float32)
-                product += tl.sum(tl.sum(some, 1), 0)
-            da += tl.exp(total) * product
-        else:
-            da = tl.sum(tl.where(i >= j, later[:, None], 0.0), 0)
-        # Where nothing is kept there is no gradient, nor may rounding be one: dt can be huge.
-        da = tl.where(a > LOWEST, da, 0.0)
-        tl.store(dA_ptr + of_chunk, tl.sum(da * dt, 0))
-        ddt += da * A
-        tl.store(ddt_ptr + (b * T + row) * H + h, ddt.to(ddt_ptr.dtype.element_ty), mask=row < T)
-    # One after the other, each written before the next is begun: both would not fit in registers.
-    out = (b * T * programs + q) * N
-    dB = tl.dot(tl.trans(dscores.to(low)), load(C_ptr, first, T, C_step, N, L, BN).to(low))
+    dy = load(dy_ptr + b * dy_batch + h * P, first, T, dy_step, P, L, BP).to(low)
+    dweighted = tl.dot(dy, tl.trans(x))  # of (weighted scores) dt
+    if SKIP:
+        tl.store(dD_ptr + of_chunk, tl.sum(tl.sum(tl.where(i == j, dweighted, 0.0), 1), 0))
+    scores = tl.dot(C, tl.trans(B)) * decay
+    through = scores * dweighted  # per unit of dt_j
+    ddt = tl.sum(through, 0)
+    through = tl.where(i > j, through * dt[None, :], 0.0)
+    later = tl.sum(through, 1) - tl.sum(through, 0)  # counts for every step up to this one
+    weighted = (scores * dt[None, :]).to(low)
+    dscores = (dweighted * decay * dt[None, :]).to(low)
+    # One gradient after another, each written before the next is begun: two of them would not fit in registers.
+    dx = tl.dot(tl.trans(weighted), dy)
+    if SKIP:
+        dx += tl.load(D_ptr + model * D_model + h).to(tl.float32) * dy.to(tl.float32)
     if STATE:
-        for h in range(q * HEADS, q * HEADS + HEADS):
-            dt, a, upto = _decays(dt_ptr + b * dt_batch + h, A_ptr + model * H + h, first, T, dt_step, L)[1:]
-            share = tl.exp(tl.minimum(tl.sum(a, 0) - upto, 0.0)) * dt
-            x = load(x_ptr + b * x_batch + h * P, first, T, x_step, P, L, BP).to(tl.float32) * share[:, None]
-            dstate = load(dstates_ptr + ((b * H + h) * chunks + n) * P * N, 0, P, N, N, BP, BN)
-            dB = tl.dot(x.to(low), dstate, dB)
-    store(dB_ptr + out, dB, first, T, programs * N, N, L, BN)
-    dC = tl.dot(dscores.to(low), load(B_ptr, first, T, B_step, N, L, BN).to(low))
+        total = tl.sum(a, 0)
+        at = ((b * H + h) * chunks + n) * P * N
+        leaving = tl.exp(tl.minimum(total - upto, 0.0))
+        dstate = load(dstates_ptr + at, 0, P, N, N, BP, BN)
+        dx += tl.dot(B, tl.trans(dstate)) * (leaving * dt)[:, None]
+    store(dx_ptr + (b * T * H + h) * P, dx, first, T, H * P, P, L, BP)
+    out = (b * T * H + h) * N
+    dB = tl.dot(tl.trans(dscores), C)
     if STATE:
-        for h in range(q * HEADS, q * HEADS + HEADS):
-            upto = _decays(dt_ptr + b * dt_batch + h, A_ptr + model * H + h, first, T, dt_step, L)[3]
-            dy = load(dy_ptr + b * dy_batch + h * P, first, T, dy_step, P, L, BP).to(tl.float32) * tl.exp(upto)[:, None]
-            state = load(borders_ptr + ((b * H + h) * chunks + n) * P * N, 0, P, N, N, BP, BN)
-            dC = tl.dot(dy.to(low), state, dC)
-    store(dC_ptr + out, dC, first, T, programs * N, N, L, BN)
+        dB_state = tl.dot(x, dstate) * leaving[:, None]
+        earlier = tl.sum(dB_state * B.to(tl.float32), 1)  # times dt counts for every step after this one
+        ddt += earlier
+        dB += dB_state * dt[:, None]
+    store(dB_ptr + out, dB, first, T, H * N, N, L, BN)
+    dC = tl.dot(dscores, B)
+    if STATE:
+        state = load(borders_ptr + at, 0, P, N, N, BP, BN)
+        dC_state = tl.dot(dy, state) * tl.exp(upto)[:, None]
+        later += tl.sum(dC_state * C.to(tl.float32), 1)
+        dC += dC_state
+    store(dC_ptr + out, dC, first, T, H * N, N, L, BN)
+    if STATE:
+        da = tl.sum(tl.where(i >= j, later[:, None], (earlier * dt)[:, None]), 0)
+        product = 0.0
+        for p in range(0, BP, 16):
+            some = load(borders_ptr + at, p, P, N, N, 16, BN).to(tl.float32)
+            some *= load(dstates_ptr + at, p, P, N, N, 16, BN).to(tl.float32)
+            product += tl.sum(tl.sum(some, 1), 0)
+        da += tl.exp(total) * product
+    else:
+        da = tl.sum(tl.where(i >= j, later[:, None], 0.0), 0)
+    # Where nothing is kept there is no gradient, nor may rounding be one: dt can be huge.
+    da = tl.where(a > LOWEST, da, 0.0)
+    tl.store(dA_ptr + of_chunk, tl.sum(da * dt, 0))
+    ddt += da * A
+    tl.store(ddt_ptr + (b * T + row) * H + h, ddt.to(ddt_ptr.dtype.element_ty), mask=row < T)

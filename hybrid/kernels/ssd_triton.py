@@ -22,7 +22,6 @@ from hybrid.kernels.tiles import (
 
 _STATE = torch.float32
 _COLUMNS = 64  # of a state, at most, a program that walks the chunks
-_ENOUGH = 512  # programs of the backward pass that keep a GPU busy with all heads of a group in one
 _BUSY = 2**19  # numbers in the states of all sequences, above which one program walks all chunks
 
 
@@ -40,13 +39,6 @@ def choose(T: int, P: int, N: int, dtype: torch.dtype) -> Launch:
     large, wide = power_of_two(P) * power_of_two(N) > 64 * 128, dtype == torch.float32
     longest = 16 if large and wide else 32 if large or wide else 64
     return Launch(min(longest, power_of_two(T)), 8 if wide else 4)
-
-
-def choose_backward(batch: int, T: int, H: int, G: int, launch: Launch) -> tuple[int, int]:
-    """Heads a program of the backward pass, and its warps, as measured on an H100 in bfloat16 with H=4, P=64, N=128."""
-    if batch * G * triton.cdiv(T, launch.chunk) < _ENOUGH:
-        return 1, launch.num_warps
-    return H // G, 8
 
 
 def _border_shape(x: Tensor, N: int, stateful: bool) -> tuple[int, ...]:
@@ -120,18 +112,14 @@ def _backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, borders: Tensor, dy: Tensor,
     dfinal: Tensor | None, initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients; of A and D by chunk [batch,chunks,H], of B and C by program [batch,T,programs,N].
-
-    ``_autograd`` sums them.
-    """
+    """The gradients; of A and D by chunk [batch,chunks,H], of B and C by head [batch,T,H,N]: see ``_autograd``."""
     batch, T, H, P = x.shape
     G, N = B.shape[-2:]
     launch = choose(T, P, N, x.dtype)
     chunks, rows, columns = triton.cdiv(T, launch.chunk), power_of_two(P), power_of_two(N)
     dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
     dA, dD = (x.new_empty(batch, chunks, H, dtype=torch.float32) for _ in range(2))
-    heads, warps = choose_backward(batch, T, H, G, launch)
-    dB, dC = (t.new_empty(batch, T, H // heads, N) for t in (B, C))
+    dB, dC = (t.new_empty(batch, T, H, N) for t in (B, C))
     dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
     borders = borders.contiguous()
     dstates = torch.empty_like(borders)
@@ -141,11 +129,11 @@ def _backward(
     with torch.cuda.device_of(x):
         if borders.numel():
             _between(dy, dt, A, C, dfinal, dstates, dinitial, sizes, launch, back=True)
-        ssd_backward_kernel[batch * H // heads, chunks](
+        ssd_backward_kernel[batch * H, chunks](
             x, dt, A, B, C, D, borders, dstates, dy, dx, ddt, dA, dB, dC, dD,
             *sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C, dy),
-            L=launch.chunk, BP=rows, BN=columns, SKIP=D is not None, STATE=borders.numel() > 0, HEADS=heads,
-            num_warps=warps, num_stages=1,
+            L=launch.chunk, BP=rows, BN=columns, SKIP=D is not None, STATE=borders.numel() > 0,
+            num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
     return dx, ddt, dA, dB, dC, dD, dinitial
 
@@ -153,12 +141,11 @@ def _backward(
 @_backward.register_fake
 def _(x, dt, A, B, C, D, borders, dy, dfinal, initial):
     batch, T, H, P = x.shape
-    G, N = B.shape[-2:]
-    launch = choose(T, P, N, x.dtype)
-    heads, chunk = choose_backward(batch, T, H, G, launch)[0], launch.chunk
+    N = B.shape[-1]
+    chunk = choose(T, P, N, x.dtype).chunk
     dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
     dA, dD = (x.new_empty(batch, (T + chunk - 1) // chunk, H, dtype=torch.float32) for _ in range(2))
-    dB, dC = (t.new_empty(batch, T, H // heads, N) for t in (B, C))
+    dB, dC = (t.new_empty(batch, T, H, N) for t in (B, C))
     return x.new_empty(x.shape), dt.new_empty(dt.shape), dA, dB, dC, dD, dinitial
 
 
@@ -177,8 +164,8 @@ def _autograd(ctx, dy, dfinal, _dborders):
     # Sums over heads that share B and C, and over each model's sequences: here, where a compiler can fuse them.
     x, _, A, B, _, D = inputs
     H, G = x.shape[2], B.shape[2]
-    if dB.shape[2] > G:
-        dB, dC = (t.unflatten(2, (G, -1)).sum(3) for t in (dB, dC))
+    if G < H:
+        dB, dC = (t.unflatten(2, (G, H // G)).sum(3) for t in (dB, dC))
     dA = dA.view(A.shape[0], -1, H).sum(1).to(A.dtype)
     dD = None if D is None else dD.view(A.shape[0], -1, H).sum(1).to(D.dtype)
     return dx, ddt, dA, dB, dC, dD, dinitial if ctx.initial else None, None

@@ -70,20 +70,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     "ssd carry back": (carry.carry_kernel, {**CARRY, "BACK": True}, set(), {"num_warps": 1}),
     "wkv6 carry": (carry.carry_kernel, {**CARRY, "BACK": True, "LAST": False}, set(), {"num_warps": 1}),
     "ssd backward, one chunk": (
-        ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False, "HEADS": 1}, {"borders", "dstates"},
+        ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders", "dstates"},
         {"num_warps": 4, **FLAT},
-    ),
-    "ssd backward, one chunk, heads together": (
-        ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": False, "HEADS": 4}, {"borders", "dstates"},
-        {"num_warps": 8, **FLAT},
-    ),
-    "ssd backward, heads together": (
-        ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": True, "HEADS": 4}, set(),
-        {"num_warps": 8, **FLAT},
     ),
     "ssd backward": (
-        ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": False, "STATE": True, "HEADS": 1}, {"D", "dD"},
-        {"num_warps": 4, **FLAT},
+        ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D", "dD"}, {"num_warps": 4, **FLAT}
     ),
     "ssd walk back": (ssd_programs.ssd_walk_kernel, {**SSD, **ENDS, "BACK": True}, set(), {"num_warps": 4}),
     "ddlerp forward": (ddlerp_triton._ddlerp_forward_kernel, DDLERP, set(), {"num_warps": 8}),

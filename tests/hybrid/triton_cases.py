@@ -133,13 +133,6 @@ def test_one_program_walks_all_chunks(case: str, monkeypatch: pytest.MonkeyPatch
     assert all(error <= TOLERANCE["float32"] for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("case, dtype", [(case, dtype) for op, case, dtype in RUNS if op == "ssd"])
-def test_a_program_has_all_heads_of_a_group(case: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the backward pass of many chunks gets; the other tests have so few that every head has a program."""
-    monkeypatch.setattr(ssd_triton, "_ENOUGH", 0)
-    test_against_the_reference("ssd", case, dtype)
-
-
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("by_row", [False, True])
 def test_carry(by_row: bool, back: bool) -> None:
