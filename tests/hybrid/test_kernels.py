@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +237,36 @@ def test_which_backend_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+def test_compiled_graphs_are_those_of_the_present_operators(tmp_path: Path) -> None:
+    """A cached graph is not found again when an operator in it, known by its name alone, has become another."""
+    program = """
+import sys, torch
+from pathlib import Path
+from hybrid.kernels import sources_hash
+@torch.library.custom_op("test::rows", mutates_args=())
+def rows(x: torch.Tensor) -> torch.Tensor:
+    return x.new_ones(int(sys.argv[1]), 3)
+@rows.register_fake
+def _(x):
+    return x.new_empty(int(sys.argv[1]), 3)
+if sys.argv[2] == "tagged":
+    torch.compiler.config.cache_key_tag += sources_hash(Path(sys.argv[3]))
+print(torch.compile(lambda x: rows(x).sum())(torch.ones(2)).item())
+"""
+    operators = tmp_path / "operators"
+    operators.mkdir()
+
+    def compiled(rows: int, tagged: str) -> subprocess.CompletedProcess[str]:
+        (operators / "rows.py").write_text(f"ROWS = {rows}\n")
+        command = [sys.executable, "-c", program, str(rows), tagged, str(operators)]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert compiled(2, "tagged").stdout == "6.0\n"
+    assert compiled(4, "tagged").stdout == "12.0\n"
+    assert "groundthink-" in torch.compiler.config.cache_key_tag
+
+
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 @pytest.mark.parametrize("op", ["wkv6", "ssd"])
 def test_models_together_equal_models_alone(op: str, backend: str) -> None:
