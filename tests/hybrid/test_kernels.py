@@ -236,7 +236,6 @@ def test_which_backend_serves(monkeypatch: pytest.MonkeyPatch) -> None:
             kernels.resolve_backend(op, f"triton+{chunked}", "cuda")
 
 
-@pytest.mark.gpu
 def test_compiled_graphs_are_those_of_the_present_operators(tmp_path: Path) -> None:
     """A cached graph is not found again when an operator in it, known by its name alone, has become another."""
     program = """
@@ -267,6 +266,7 @@ print(torch.compile(lambda x: rows(x).sum())(torch.ones(2)).item())
     assert "groundthink-" in torch.compiler.config.cache_key_tag
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 @pytest.mark.parametrize("op", ["wkv6", "ssd"])
 def test_models_together_equal_models_alone(op: str, backend: str) -> None:
