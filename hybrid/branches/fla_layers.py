@@ -3,16 +3,20 @@
 ``import fla.layers.rwkv6`` runs the ``__init__`` of ``fla``, ``fla.layers`` and ``fla.ops``, which import every layer,
 model and kernel of FLA, and ``fla.layers.mamba2`` that of ``mamba_ssm``, which goes on to scikit-learn: two thirds of
 the time in which this project starts. Here these packages are put off: their modules can be imported, and they run
-their own ``__init__`` as soon as anybody asks them for a name that they do not have yet.
+their own ``__init__`` as soon as anybody asks them for a name that they do not have yet. So is ``transformers``, of
+which a log is wanted, but only until the layers are there.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.metadata
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
@@ -52,12 +56,29 @@ def put_off(name: str) -> None:
         setattr(sys.modules[parent], leaf, package)
 
 
+@contextmanager
+def only_the_log_of_transformers() -> Iterator[None]:
+    """Whoever imports ``transformers`` afterwards gets all of it anew."""
+    if "transformers" in sys.modules:
+        yield
+        return
+    for name in ("transformers", "transformers.utils"):
+        put_off(name)
+    try:
+        importlib.import_module("transformers.utils.logging")
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+            del sys.modules[name]
+        logging.getLogger("transformers").handlers.clear()  # or there would be two
+
+
 for _name in PUT_OFF:
     put_off(_name)
 _collecting = gc.isenabled()
 gc.disable()  # thousands of modules, none of them garbage: looking for some is a fifth of the time
 try:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), only_the_log_of_transformers():
         warnings.simplefilter("ignore")
         from fla.layers.mamba2 import Mamba2
         from fla.layers.rwkv6 import RWKV6Attention
@@ -68,4 +89,19 @@ finally:
 # FLA says at import and construction which of its own kernels are missing; the branches do not use them.
 logging.getLogger(Mamba2.__module__).setLevel(logging.ERROR)
 
-__all__ = ["Mamba2", "RWKV6Attention"]
+
+@contextmanager
+def weights_are_initialised() -> Iterator[None]:
+    """The answer to what FLA's RWKV-6 asks ``transformers.modeling_utils``, which would take seconds to import."""
+    name = "transformers.modeling_utils"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment] # an ImportError, after which it initialises them
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+__all__ = ["Mamba2", "RWKV6Attention", "weights_are_initialised"]

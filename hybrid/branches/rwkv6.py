@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid.branches import BranchState
-from hybrid.branches.fla_layers import RWKV6Attention
+from hybrid.branches.fla_layers import RWKV6Attention, weights_are_initialised
 from hybrid.kernels import ddlerp, norm_then_gate, wkv6
 from hybrid.schema import KernelsConfig, RWKVConfig
 
@@ -23,7 +23,7 @@ class RWKV6(RWKV6Attention):
     """
 
     def __init__(self, d_model: int, cfg: RWKVConfig, kernels: KernelsConfig) -> None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), weights_are_initialised():
             warnings.filterwarnings("ignore", message="According to Bo")
             super().__init__(
                 hidden_size=d_model,

@@ -196,7 +196,8 @@ def run(part: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
     """``Branch`` or ``After`` with other values than its block's, for every member: [members, ...] in and out."""
 
     def one(values: dict[str, Tensor], *inputs: Tensor) -> Any:
-        return functional_call(part, {f"block.{name}": value for name, value in values.items()}, inputs)
+        own = {f"block.{name}": value for name, value in values.items()}
+        return functional_call(part, own, inputs, tie_weights=False)  # none are; to look for some takes time to compile
 
     if inputs[0].shape[0] > 1:
         return torch.vmap(one, randomness="different")(values, *inputs)

@@ -7,7 +7,13 @@ import sys
 
 import pytest
 
-HEAVY = "('fla.models', 'fla.layers.gla', 'fla.ops.abc', 'sklearn', 'scipy')"
+HEAVY = """('fla.models', 'fla.layers.gla', 'fla.ops.abc', 'sklearn', 'scipy', 'transformers.modeling_utils',
+          'transformers.utils.import_utils')"""
+BUILD = """
+from hybrid.branches.rwkv6 import RWKV6
+from hybrid.schema import KernelsConfig, RWKVConfig
+layer = RWKV6(32, RWKVConfig(), KernelsConfig())
+"""
 
 
 def python(program: str) -> str:
@@ -15,10 +21,28 @@ def python(program: str) -> str:
 
 
 def test_the_layers_do_not_bring_the_rest_along() -> None:
-    assert python(f"import sys, hybrid.model; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
+    program = f"import sys, hybrid.model\n{BUILD}\nprint([m for m in {HEAVY} if m in sys.modules])"
+    assert python(program) == "[]"
 
 
-@pytest.mark.parametrize("first", ["import hybrid.model", "import fla"])
+@pytest.mark.parametrize("first", ["", "import hybrid.model", "import transformers.modeling_utils"])
+def test_weights_are_initialised_and_transformers_is_there_when_it_is_wanted(first: str) -> None:
+    program = f"""
+{first}
+import logging, transformers
+{BUILD}
+low, up = layer.w_proj.linear.lora[0].weight, layer.w_proj.linear.lora[2].weight
+print(low.any().item(), (up.float() @ up.float().T).diagonal().std().item() < 1e-6, up.any().item())
+from transformers import AutoConfig
+from transformers.modeling_utils import PreTrainedModel
+transformers.utils.logging.get_logger("a")
+print(len(logging.getLogger("transformers").handlers))
+print(AutoConfig.__name__, transformers.AutoConfig is AutoConfig, hasattr(transformers, "no_such_model"))
+"""
+    assert python(program).split("\n") == ["False True True", "1", "AutoConfig True False"]
+
+
+@pytest.mark.parametrize("first", ["import hybrid.model", "import fla", "import hybrid.model, fla.models.rwkv6"])
 def test_the_rest_of_fla_is_there_when_it_is_wanted(first: str) -> None:
     """Whichever is imported first, and the layers are the same classes."""
     program = f"""
