@@ -16,6 +16,7 @@ from hybrid.branches.mamba2 import Mamba2
 from hybrid.branches.rwkv6 import RWKV6
 from hybrid.fusion import build_fusion
 from hybrid.init import init_model, initial_seed, seeded
+from hybrid.padding import linear_of_wide, wide_linear
 from hybrid.pattern import branches_of
 from hybrid.schema import Config
 from hybrid.sizes import ffn_hidden, vocab_size
@@ -24,7 +25,7 @@ BlockState = dict[str, BranchState]
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, Linear; no biases."""
+    """Linear, GELU, Linear; no biases. A width that is solved for a number of parameters is any number."""
 
     def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()
@@ -32,7 +33,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        hidden = wide_linear(x, self.up) if x.is_cuda else self.up(x)
+        return linear_of_wide(F.gelu(hidden), self.down)
 
 
 class Block(nn.Module):

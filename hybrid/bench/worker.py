@@ -132,12 +132,13 @@ def describe(cfg: Config, step: PlainStep | StackStep, members: int) -> dict[str
 
 
 def compiled_files() -> set[Path]:
-    """The files in the caches of compiled kernels."""
+    """The files in the caches of compiled kernels, without what Triton compiles to speak to the driver at all."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     roots = {Path(cache_dir()), triton}
-    return {path for root in roots if root.is_dir() for path in root.rglob("*") if path.is_file()}
+    files = (path for root in roots if root.is_dir() for path in root.rglob("*") if path.is_file())
+    return {path for path in files if not path.name.startswith("cuda_utils")}
 
 
 def device_facts() -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.branches import BranchState, fla_layers
 from hybrid.kernels import causal_conv, gate_then_norm, ssd
+from hybrid.padding import wide_linear
 from hybrid.schema import KernelsConfig, MambaConfig
 
 
@@ -77,11 +77,3 @@ class Mamba2(fla_layers.Mamba2):
         if state is None:
             return out, None
         return out, {"conv": torch.cat((past.to(xBC.dtype), xBC), dim=1)[:, T:], "ssm": ssm}
-
-
-def wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """``layer(x)``, filled with zeros to a multiple of 16: fast products need a width of 8, wide loads of it 16."""
-    missing = -layer.out_features % 16
-    if not missing or layer.bias is not None:
-        return layer(x)
-    return F.linear(x, F.pad(layer.weight, (0, 0, 0, missing)))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import hybrid.branches.rwkv6
 from hybrid.branches.attention import Attention
-from hybrid.branches.mamba2 import Mamba2, wide_linear
+from hybrid.branches.mamba2 import Mamba2
 from hybrid.branches.rwkv6 import RWKV6
 from hybrid.init import init_mamba2, init_rwkv6
 from hybrid.schema import AttentionConfig, KernelsConfig, MambaConfig, RWKVConfig
@@ -417,18 +417,3 @@ def test_branch_on_cuda_is_the_branch_on_a_cpu(name: str, dtype: str) -> None:
     # Sums of many terms that cancel (bonus, decay bias) lose more than the output does.
     assert errors["output"] < CUDA_TOLERANCE[dtype]
     assert max(errors.values()) < 4 * CUDA_TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("width", [5, 16, 21])
-def test_a_padded_product_is_the_layer_itself(width: int) -> None:
-    layer = nn.Linear(12, width, bias=False)
-    x = torch.randn(3, 7, 12, requires_grad=True)
-    share = torch.randn(3, 7, width)
-    answers = []
-    for y in (wide_linear(x, layer), layer(x)):
-        assert not y[..., width:].any()
-        y = y[..., :width]
-        answers.append([y, *torch.autograd.grad((y * share).sum(), (x, layer.weight))])
-    for found, wanted in zip(*answers, strict=True):
-        torch.testing.assert_close(found, wanted)
-    assert wide_linear(x, layer).stride(1) % 16 == 0
