@@ -57,7 +57,11 @@ def plan_search(sweep: SweepConfig, arguments: list[str], compose: Compose) -> l
     if len(set(names)) < len(names):
         raise ConfigError("a search trains one seed a trial: set seed_init and seed_data, not several seeds")
     arms = []
+    of_arms = {line for lines in sweep.arms.values() for line in lines}
     for job in jobs:
+        clash = {plain_key(line) for line in job.overrides if line not in of_arms} & space.keys() - fixed.keys()
+        if clash:
+            raise ConfigError(f"{sorted(clash)[0]} is both set and searched; leave one out")
         set_here = {plain_key(line): line.partition("=")[2] for line in job.overrides}
         left = without(space, {**fixed, **set_here})
         if space and not left:

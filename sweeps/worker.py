@@ -19,7 +19,7 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from optuna.pruners import NopPruner
+from optuna.pruners import NopPruner, PatientPruner
 from optuna.trial import Trial, TrialState
 
 from hybrid.config import ConfigError, resolve
@@ -115,7 +115,7 @@ def arm_overrides(space: Space) -> list[str]:
 
 
 def judge_of(study: Study, trial: Trial) -> Callable[[int, float], str | None]:
-    """Reports an evaluation to the study and asks its pruner, but for known baselines: others are held against them."""
+    """Reports an evaluation to the study and asks its pruner; known baselines go on whatever it says."""
     known = trial.user_attrs.get("enqueued", False)
     report = reporter(study, trial)
 
@@ -124,7 +124,7 @@ def judge_of(study: Study, trial: Trial) -> Callable[[int, float], str | None]:
             return None  # Optuna takes no intermediate values of several objectives
         with storage_errors(study.where):
             report(step, loss)
-            # Asked of known ones as well: successive halving compares a trial with those that have been asked about.
+            # Asked of known ones as well: halving compares a trial with those of its bracket that were asked about.
             worse = not isinstance(study.pruner, NopPruner) and trial.should_prune()
             return PRUNED if worse and not known else None
 
@@ -134,16 +134,16 @@ def judge_of(study: Study, trial: Trial) -> Callable[[int, float], str | None]:
 def reporter(study: Study, trial: Trial) -> Callable[[int, float], None]:
     """Reports the loss of a step that was not reported before, in the terms of the metric.
 
-    Of the best validation loss that is the best so far: a trial past its best is worth no less to the search.
+    Of the best validation loss that is the best so far: a trial past its best is worth no less to the search. A patient
+    pruner, which waits for a loss to fall, gets the losses themselves.
     """
     reported = dict(trial.storage.get_trial(trial._trial_id).intermediate_values)
+    lowest = study.metrics == ["best_val_loss"] and not isinstance(study.pruner, PatientPruner)
 
     def report(step: int, loss: float) -> None:
-        if step in reported:
-            return
-        earlier = [value for at, value in reported.items() if at < step and math.isfinite(value)]
-        reported[step] = min([loss, *earlier]) if study.metrics == ["best_val_loss"] and math.isfinite(loss) else loss
-        trial.report(reported[step], step)
+        if step not in reported:
+            reported[step] = min([loss, *(value for at, value in reported.items() if lowest and at < step)])
+            trial.report(reported[step], step)
 
     return report
 

@@ -56,7 +56,7 @@ class Trial:
     state: str
     params: dict[str, Any]
     values: tuple[float, ...]
-    intermediate: dict[int, float]  # step -> validation loss, of best_val_loss the best so far
+    intermediate: dict[int, float]  # step -> validation loss, as the pruner was told
     reason: str | None
     folder: str | None  # of its run, relative to the folder of the search
     run_id: str | None
@@ -82,7 +82,7 @@ class Search:
     sampler: str
     pruner: str
     n_trials: int
-    fresh_seeds: tuple[int, ...]  # that had no part in it
+    fresh_seeds: tuple[int, ...]  # that had no part in it; none in an older record
     metrics: tuple[str, ...]
     directions: tuple[str, ...]  # minimize or maximize
     space: tuple[Dimension, ...]
@@ -159,7 +159,7 @@ def read_search(file: Path, directory: Path) -> Search | str:
         sampler=str(content.get("sampler") or "not recorded"),
         pruner=str(content.get("pruner") or "not recorded"),
         n_trials=whole(content.get("n_trials")) or len(by_number),
-        fresh_seeds=tuple(_whole_numbers(content.get("fresh_seeds"))) or (1, 2, 3, 4, 5),
+        fresh_seeds=tuple(_whole_numbers(content.get("fresh_seeds"))),
         metrics=metrics,
         directions=directions,
         space=tuple(_dimension(name, spec) for name, spec in _dict(space).items() if isinstance(spec, dict)),

@@ -112,7 +112,7 @@ def _evidence(search: Search, shown_as: str, several: bool) -> str:
     name = f"best-{search.arm}" if search.arm else "best"
     file = f"{name}.yaml"
     if (search.path / file).exists():
-        seeds = ",".join(map(str, search.fresh_seeds))
+        seeds = ",".join(map(str, search.fresh_seeds)) or "..."
         command = f"python -m hybrid.train -m --config-dir {shown_as} --config-name {name} 'sweep.seeds=[{seeds}]'"
         return f"{text} To confirm it, run {file} over other seeds beside the known configuration: {command}"
     which = "the chosen trial" if several else "the best trial"

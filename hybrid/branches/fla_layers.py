@@ -4,7 +4,7 @@
 model and kernel of FLA, and ``fla.layers.mamba2`` that of ``mamba_ssm``, which goes on to scikit-learn: two thirds of
 the time in which this project starts. Here these packages are put off: their modules can be imported, and they run
 their own ``__init__`` as soon as anybody asks them for a name that they do not have yet. So is ``transformers``, of
-which a log is wanted, but only until the layers are there.
+which a log is wanted, but only until the layers are there. Where that fails, they are imported as ever.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import PathFinder
+from pkgutil import extend_path
 from types import ModuleType
 from typing import Any
 
 PUT_OFF = ("fla", "fla.layers", "fla.ops", "mamba_ssm")
+MODELLING = "transformers.modeling_utils"
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class PutOff(ModuleType):
     """A package whose ``__init__`` has not run yet."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the import system asks for some that need not be there
+        if name.startswith("__") and name != "__all__":  # the import system asks for some that need not be there
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         assert self.__spec__ is not None and self.__spec__.loader is not None
         self.__class__ = ModuleType  # its __init__ imports from itself
@@ -43,17 +47,25 @@ class PutOff(ModuleType):
 def put_off(name: str) -> None:
     """Let a package's modules be importable without running its ``__init__``; nothing if it is imported or missing."""
     parent, _, leaf = name.rpartition(".")
-    spec = None if name in sys.modules else PathFinder.find_spec(name, sys.modules[parent].__path__ if parent else None)
+    if name in sys.modules or (parent and parent not in sys.modules):
+        return
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.submodule_search_locations is None:
         return
     package = PutOff(name)
     package.__spec__, package.__loader__, package.__file__ = spec, spec.loader, spec.origin
-    package.__package__, package.__path__ = name, list(spec.submodule_search_locations)
+    # As fla's own __init__ does: fla-core and flash-linear-attention may lie in two folders.
+    package.__package__, package.__path__ = name, extend_path(list(spec.submodule_search_locations), name)
     if name == "fla":  # which its own modules ask for
         package.__version__ = importlib.metadata.version("fla-core")
     sys.modules[name] = package
     if parent:
         setattr(sys.modules[parent], leaf, package)
+
+
+def forget(*packages: str) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in packages]:
+        del sys.modules[name]
 
 
 @contextmanager
@@ -62,29 +74,54 @@ def only_the_log_of_transformers() -> Iterator[None]:
     if "transformers" in sys.modules:
         yield
         return
+    log = logging.getLogger("transformers")
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
     for name in ("transformers", "transformers.utils"):
         put_off(name)
     try:
         importlib.import_module("transformers.utils.logging")
         yield
     finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
-            del sys.modules[name]
-        logging.getLogger("transformers").handlers.clear()  # or there would be two
+        forget("transformers")
+        log.handlers[:], log.level, log.propagate = handlers, level, propagate
 
 
-for _name in PUT_OFF:
-    put_off(_name)
-_collecting = gc.isenabled()
-gc.disable()  # thousands of modules, none of them garbage: looking for some is a fifth of the time
-try:
-    with warnings.catch_warnings(), only_the_log_of_transformers():
-        warnings.simplefilter("ignore")
-        from fla.layers.mamba2 import Mamba2
-        from fla.layers.rwkv6 import RWKV6Attention
-finally:
-    if _collecting:
-        gc.enable()
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Thousands of modules are made, none of them garbage: looking for some is a fifth of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def import_layers() -> tuple[type, type]:
+    """FLA's ``Mamba2`` and ``RWKV6Attention``."""
+    return (
+        importlib.import_module("fla.layers.mamba2").Mamba2,
+        importlib.import_module("fla.layers.rwkv6").RWKV6Attention,
+    )
+
+
+def import_layers_only() -> tuple[type, type]:
+    """The same, soon."""
+    before = {"fla", "mamba_ssm"} & sys.modules.keys()
+    try:
+        for name in PUT_OFF:
+            put_off(name)
+        with only_the_log_of_transformers():
+            return import_layers()
+    except Exception:
+        forget(*{"fla", "mamba_ssm"} - before)
+        return import_layers()
+
+
+with warnings.catch_warnings(), collector_paused():
+    warnings.simplefilter("ignore")
+    Mamba2, RWKV6Attention = import_layers_only()
 
 # FLA says at import and construction which of its own kernels are missing; the branches do not use them.
 logging.getLogger(Mamba2.__module__).setLevel(logging.ERROR)
@@ -93,15 +130,15 @@ logging.getLogger(Mamba2.__module__).setLevel(logging.ERROR)
 @contextmanager
 def weights_are_initialised() -> Iterator[None]:
     """The answer to what FLA's RWKV-6 asks ``transformers.modeling_utils``, which would take seconds to import."""
-    name = "transformers.modeling_utils"
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment] # an ImportError, after which it initialises them
-    try:
-        yield
-    finally:
-        del sys.modules[name]
+    with _ONE_AT_A_TIME:
+        if MODELLING in sys.modules:
+            yield
+            return
+        sys.modules[MODELLING] = None  # type: ignore[assignment] # an ImportError, after which it initialises them
+        try:
+            yield
+        finally:
+            sys.modules.pop(MODELLING, None)
 
 
 __all__ = ["Mamba2", "RWKV6Attention", "weights_are_initialised"]

@@ -21,13 +21,10 @@ parameters (``adamw.py``, ``adamw_triton.py``), which ``hybrid/training/stacked_
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
-from pathlib import Path
 
 import torch
-import torch.compiler.config
 from torch import Tensor
 
 from hybrid.kernels.conv import conv_torch
@@ -46,19 +43,6 @@ WIDEST_SHIFT, HIGHEST_RANK = 256, 64  # channels of a token shift, and the rank 
 WIDEST_NORM = 512  # channels that are normalised together, which the kernels of the gated norms hold
 _PACKAGE = {"triton": "triton", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _PACKAGE}
-
-
-def sources_hash(folder: Path) -> str:
-    """Of the code of the operators in a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-# PyTorch's caches on disk know an operator by its name: graphs that were compiled for an earlier form of one, with
-# results of another shape, would be found again.
-torch.compiler.config.cache_key_tag += f"groundthink-{sources_hash(Path(__file__).parent)}"
 
 
 class BackendError(RuntimeError):

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels import LONGEST_FILTER
+from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, silu, strides, with_dense_models, with_dense_rows
 
@@ -125,7 +126,7 @@ def _conv_backward_kernel(
     tl.store(sums_ptr + 4 * C, dbias, mask=here)
 
 
-@torch.library.custom_op("groundthink::conv_triton", mutates_args=())
+@operator("conv_triton")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     B, T, C = x.shape
     y = x.new_empty(x.shape)
@@ -143,7 +144,7 @@ def _(x, weight, bias):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("groundthink::conv_triton_backward", mutates_args=())
+@operator("conv_triton_backward")
 def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of x, and every program's sums [B,programs,5,C] for the four weights and the bias."""
     B, T, C = x.shape

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels import MIXES
+from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store, with_dense_models
 
@@ -137,7 +138,7 @@ def _steps(D: int) -> int:
     return 64 if D <= 128 else 16
 
 
-@torch.library.custom_op("groundthink::ddlerp_triton", mutates_args=())
+@operator("ddlerp_triton")
 def _forward(
     x: Tensor, delta: Tensor, low: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -166,7 +167,7 @@ def _programs(steps: int, models: int) -> int:
     return triton.cdiv(blocks, each)
 
 
-@torch.library.custom_op("groundthink::ddlerp_triton_backward", mutates_args=())
+@operator("ddlerp_triton_backward")
 def _backward(
     delta: Tensor, low: Tensor, weight: Tensor, bias: Tensor,
     dy0: Tensor, dy1: Tensor, dy2: Tensor, dy3: Tensor, dy4: Tensor,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, load, power_of_two, silu, store, with_dense_models, with_dense_rows
 
@@ -126,7 +127,7 @@ def _as_rows(x: Tensor) -> Tensor:
     return with_dense_rows(x).flatten(0, 1)
 
 
-@torch.library.custom_op("groundthink::gated_norm_triton", mutates_args=())
+@operator("gated_norm_triton")
 def _forward(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps: float) -> Tensor:
     """First the gate where there is no bias, else first the norm."""
     B, T, C = x.shape
@@ -148,7 +149,7 @@ def _(x, gate, weight, bias, groups, eps):
     return gate.new_empty(x.shape)
 
 
-@torch.library.custom_op("groundthink::gated_norm_triton_backward", mutates_args=())
+@operator("gated_norm_triton_backward")
 def _backward(
     x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import from_heads, register_seeds, state_from_heads, state_to_heads, to_heads
 
 _STATE = torch.float32
 CHUNK = 64
 
 
-@torch.library.custom_op("groundthink::ssd_mamba", mutates_args=())
+@operator("ssd_mamba")
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,7 @@ def _(x, dt, A, B, C, D, initial_state):
     return torch.empty_like(x), x.new_empty(batch, H, P, B.shape[-1], dtype=_STATE)
 
 
-@torch.library.custom_op("groundthink::ssd_mamba_backward", mutates_args=())
+@operator("ssd_mamba_backward")
 def _backward(
     dy: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, y: Tensor, D: Tensor | None,
     initial_state: Tensor | None, dstate: Tensor | None,

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from hybrid.kernels.carry import carry
+from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.ssd_programs import ssd_backward_kernel, ssd_forward_kernel, ssd_walk_kernel
 from hybrid.kernels.tiles import (
@@ -69,7 +70,7 @@ def _between(
         carry(states, left, outer, last, back)
 
 
-@torch.library.custom_op("groundthink::ssd_triton", mutates_args=())
+@operator("ssd_triton")
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None, final: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +108,7 @@ def _(x, dt, A, B, C, D, initial_state, final):
     return x.new_empty(x.shape), final_state, x.new_empty(_border_shape(x, N, final or initial_state is not None))
 
 
-@torch.library.custom_op("groundthink::ssd_triton_backward", mutates_args=())
+@operator("ssd_triton_backward")
 def _backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, borders: Tensor, dy: Tensor,
     dfinal: Tensor | None, initial: bool,

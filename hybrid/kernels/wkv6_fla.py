@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import from_heads, register_seeds, state_from_heads, state_to_heads, to_heads
 
 _STATE = torch.float32
 
 
-@torch.library.custom_op("groundthink::wkv6_fla", mutates_args=())
+@operator("wkv6_fla")
 def _forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +37,7 @@ def _(r, k, v, w, u, initial_state):
     return torch.empty_like(v), r.new_empty(B, H, K, v.shape[-1], dtype=_STATE), r.new_empty(B, T, H, 64)
 
 
-@torch.library.custom_op("groundthink::wkv6_fla_backward", mutates_args=())
+@operator("wkv6_fla_backward")
 def _backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, A: Tensor, do: Tensor,
     dstate: Tensor,

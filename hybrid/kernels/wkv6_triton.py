@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from hybrid.kernels.carry import carry
+from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, power_of_two, precision, strides, with_dense_heads, with_dense_models
 from hybrid.kernels.wkv6_programs import wkv6_backward_kernel, wkv6_forward_kernel, wkv6_parts_kernel
@@ -61,7 +62,7 @@ def _between(
     return states
 
 
-@torch.library.custom_op("groundthink::wkv6_triton", mutates_args=())
+@operator("wkv6_triton")
 def _forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, final: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +99,7 @@ def _(r, k, v, w, u, initial_state, final, save):
     return v.new_empty(v.shape), final_state, v.new_empty((B, H, chunks, K, V) if save else (0,), dtype=_STATE)
 
 
-@torch.library.custom_op("groundthink::wkv6_triton_backward", mutates_args=())
+@operator("wkv6_triton_backward")
 def _backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, borders: Tensor, do: Tensor, dfinal: Tensor | None,
     initial: bool,

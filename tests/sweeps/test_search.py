@@ -21,7 +21,9 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from hybrid.schema import Config
 from sweeps import worker
+from sweeps.outcome import fresh_seeds
 from tests.processes import holder, metrics_steps
 from tests.runs import Answer, Setting, cli, finish, results, rows, snapshot, start, strict_json, wait_for
 
@@ -78,6 +80,12 @@ def test_a_search_says_what_it_found(search: Search) -> None:
     assert f"best configuration: {search.root}/best.yaml" in lines and f"all trials: {search.root}/search.json" in lines
 
 
+def test_seeds_to_confirm_with_had_no_part() -> None:
+    for init, data in ((0, 0), (2, 4), (9, 9)):
+        seeds = fresh_seeds(Config(seed_init=init, seed_data=data))
+        assert len(set(seeds)) == 5 and not {init, data} & set(seeds)
+
+
 def best_so_far(folder: Path) -> dict[str, float]:
     """By step, the lowest validation loss up to it."""
     evaluated = {str(row["step"]): row["val_loss"] for row in rows(folder) if row["kind"] == "eval" and row["step"] > 0}
@@ -99,8 +107,19 @@ def test_a_pruner_judges_what_the_search_looks_for(small: Setting) -> None:
         assert told == (list(itertools.accumulate(losses, min)) if metric == "best_val_loss" else losses)
 
 
+def test_a_patient_pruner_sees_the_losses_themselves(small: Setting) -> None:
+    """It waits for them to fall, which a best so far never stops doing."""
+    rest = [line for line in small.with_() if not line.startswith(("optim.", "schedule.", "trainer.eval_every"))]
+    lines = ["optim.lr=interval(0.5,0.9)", "schedule.warmup_steps=1", "sweep.search.n_trials=1", "optim.grad_clip=0.0",
+             "trainer.eval_every=1", "pruner=patient", "sweep.search.pruner.wrapped_pruner=null", "sweep.name=p",
+             "sweep.search.pruner.patience=1"]  # fmt: skip
+    assert cli([*rest, *lines], "-m").code == 0
+    (trial,) = trials_of(small.out / "p")
+    assert trial["state"] == "PRUNED" and list(trial["intermediate"].values()) != sorted(trial["intermediate"].values())
+
+
 def test_others_are_held_against_known_points(small: Setting) -> None:
-    """A known point is never pruned, but has its place on the rungs of successive halving."""
+    """A known point has its place on the rungs of successive halving."""
     known = "sweep.search.enqueue=[{optim.lr: 1.0e-9},{optim.lr: 1.0e-2}]"
     rungs = ["pruner=sha", *EVALUATED, "sweep.search.pruner.min_resource=3", "sweep.search.pruner.reduction_factor=2"]
     lines = without_lr(small, "sweep.name=k", "optim.lr=interval(1e-9,1e-2)", "sweep.search.n_trials=2", known, *rungs)
@@ -158,6 +177,10 @@ def test_the_best_configuration_is_the_best_trials_run(search: Search) -> None:
     complete = [trial for trial in search.found["trials"] if trial["state"] == "COMPLETE"]
     best = min(complete, key=lambda trial: trial["values"])
     assert search.found["best"] == [best["number"]]
+    assert (
+        f"--config-name best 'sweep.seeds={search.found['fresh_seeds']}'".replace(", ", ",")
+        in (search.root / "best.yaml").read_text()
+    )
     assert best["values"] == [record_of(search.root, best)["best_val_loss"]]
     options = [f"--config-dir={search.root}", "--config-name=best"]
     own = [f"out={search.root.parent}", "trainer.device=cpu"]
@@ -297,6 +320,12 @@ def test_a_known_baseline_has_no_part_in_what_is_not_searched_any_more(small: Se
     assert cli([*rest, *lines], "-m").code == 0
     (trial,) = trials_of(small.out / "lr_ratio_search")
     assert trial["params"] == {"optim.lr": 1e-3, "optim.rwkv_lr_mult": 1.0, "fusion.gate_init": 0.5}
+
+
+def test_what_the_command_sets_beside_a_search_of_it_is_refused(small: Setting) -> None:
+    lines = ["optim.eps=1e-8", "optim.eps=interval(1e-6,1e-3)", "sweep.search.n_trials=1"]
+    answer = cli([*small.with_(), *lines], "-m")
+    assert answer.code == 2 and "optim.eps is both set and searched; leave one out" in answer.err
 
 
 def test_what_an_arm_sets_is_not_searched_for_it(small: Setting) -> None:
