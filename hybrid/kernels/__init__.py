@@ -16,7 +16,8 @@ records it. All of them can be mapped over stacked models with ``torch.vmap``.
 ``causal_conv``, Mamba-2's short convolution, and ``gate_then_norm``, its gated norm, go with ``ssd``; ``ddlerp``,
 RWKV-6's token shift, and ``norm_then_gate`` with ``wkv6``: Triton kernels where kernels serve that, else plain PyTorch
 (``conv.py``, ``ddlerp.py``, ``norms.py`` and their ``_triton``). Beside them lies the optimiser's update of stacked
-parameters (``adamw.py``, ``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between.
+parameters (``adamw.py``, ``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between. Custom
+operators get their names in ``operators.py`` and their rule for ``torch.vmap`` in ``seeds.py``.
 """
 
 from __future__ import annotations
