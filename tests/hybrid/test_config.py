@@ -1,36 +1,23 @@
-"""The configuration: what it accepts, the one line that answers everything else, and what makes a run another run."""
+"""The configuration: what it accepts, and the one line that answers everything else."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import itertools
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from hybrid.config import (
-    CONF_DIR,
     ConfigError,
     from_yaml,
-    group_options,
-    identity,
-    parse_count,
     resolve,
     schema_keys,
-    to_plain,
     to_yaml,
     unknown_key,
     validate,
 )
-from hybrid.schema import Config, DataConfig, FusionConfig
-from tests.hybrid.configs import config, small
+from tests.hybrid.configs import config
 
 
 def refused(*overrides: str) -> str:
@@ -42,80 +29,8 @@ def refused(*overrides: str) -> str:
     return message
 
 
-# ---- what can be chosen
-
-
-def choices() -> list[tuple[str, str]]:
-    groups = [
-        "model",
-        "fusion",
-        "init",
-        "data",
-        "optim",
-        "schedule",
-        "trainer",
-        "kernels",
-        "gates",
-        "stopping",
-        "blocks",
-        "gate_init",
-        "sweep",
-        "sampler",
-        "pruner",
-    ]
-    assert {path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "__pycache__"} == {
-        *groups,
-        "hydra",
-    }
-    return [(group, option) for group in groups for option in group_options(group)]
-
-
-@pytest.mark.parametrize("group, option", choices(), ids=lambda value: value)
-def test_every_choice_is_valid_and_reads_back_the_same(group: str, option: str, tmp_path: Path) -> None:
-    cfg = config(f"{group}={option}")
-    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
-    again = from_yaml(tmp_path / "config.yaml")
-    assert again == cfg and identity(again) == identity(cfg)
-    if group in ("sampler", "pruner"):
-        assert getattr(cfg.sweep.search, group)["_target_"].startswith(f"optuna.{group}s.")
-    elif group == "gates":
-        assert cfg.gates.enabled == (option == "default")
-    elif group not in ("blocks", "gate_init", "sweep", "trainer", "stopping"):
-        assert getattr(cfg, group).name == option if group != "kernels" else cfg.kernels.wkv6 == option
-
-
-def test_files_of_a_group_say_the_schemas_defaults() -> None:
-    """A key that a file leaves out would silently take the schema's value; the two must agree."""
-    for group, option in (("optim", "adamw"), ("schedule", "cosine"), ("trainer", "default"), ("kernels", "auto"),
-                          ("gates", "default"), ("stopping", "default")):  # fmt: skip
-        found = dataclasses.asdict(getattr(config(), group))
-        default = dataclasses.asdict({f.name: f for f in dataclasses.fields(Config)}[group].default_factory())
-        assert found == default, f"{group}={option}"
-        assert yaml.safe_load((CONF_DIR / group / f"{option}.yaml").read_text()).keys() == default.keys()
-    base = yaml.safe_load((CONF_DIR / "model" / "_base.yaml").read_text())
-    model = dataclasses.asdict(config("model=hybrid_5m").model)
-    assert {**base, "name": "hybrid_5m"} == model
-
-
-def test_blocks_and_gate_init_are_axes_of_their_own() -> None:
-    assert config("model=hybrid_6m", "blocks=p4").model.pattern == "P*4"
-    assert [config(f"gate_init={name}").fusion.gate_init for name in ("mamba_heavy", "balanced", "rwkv_heavy")] == [
-        0.3, 0.5, 0.7,
-    ]  # fmt: skip
-    assert config("fusion=gated_channel", "gate_init=rwkv_heavy").fusion.gate_init == 0.7
-
-
-def test_counts_can_be_written_as_people_do() -> None:
-    for written, count in {
-        "3.5M": 3_500_000, "5.2m": 5_200_000, "800K": 800_000, "1B": 10**9, "3.5e6": 3_500_000, "250000": 250_000,
-        3_500_000: 3_500_000, 4.5e6: 4_500_000, " 8M ": 8_000_000, "1": 1,
-    }.items():  # fmt: skip
-        assert parse_count("model.target_params", written) == count
-        assert isinstance(parse_count("model.target_params", written), int)
-    assert parse_count("model.target_params", None) is None
-
-
 # ---- what is refused
+
 
 # override(s) -> words that the message must have; the key itself is always one of them
 BAD = [
@@ -384,165 +299,3 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="cannot read") as caught:
             from_yaml(path)
         assert str(path) in str(caught.value)
-
-
-# ---- identity
-
-
-def changed(cfg: Config, key: str) -> Config:
-    """The configuration with another value under a dotted key, of the right type but unchecked."""
-    cfg = copy.deepcopy(cfg)
-    *parents, leaf = key.split(".")
-    node = cfg
-    for parent in parents:
-        node = getattr(node, parent)
-    value = getattr(node, leaf)
-    if isinstance(value, bool):
-        other = not value
-    elif "on_fail" in parents:
-        other = "warn" if value == "stop" else "stop"
-    elif isinstance(value, int | float):
-        other = value + 1
-    elif isinstance(value, list):
-        other = [*value, *value, 1]
-    elif isinstance(value, dict):
-        other = {**value, "x": ["y"]}
-    else:  # a string, or an option that is not set
-        other = "P" if key == "model.pattern" else "other"
-    setattr(node, leaf, other)
-    return cfg
-
-
-LEAVES = [key for key in schema_keys() if not any(other.startswith(f"{key}.") for other in schema_keys())]
-# Names, places and what a person sees; everything else can change a result.
-NO_IDENTITY = {"variant", "out", "data.path", "data.cache_dir", "trainer.checkpoint_every", "trainer.tensorboard",
-               "trainer.cpu_threads", "trainer.seeds_together"}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", LEAVES)
-def test_identity_reacts_to_what_can_change_a_result(key: str) -> None:
-    cfg = config("model.pattern=P A")
-    same = identity(cfg) == identity(changed(cfg, key))
-    # A sweep's name and stopping.act say whether stopping rules act, see below: they do in cfg.
-    no_identity = key in NO_IDENTITY or (key.startswith(("display.", "sweep.")) and key != "sweep.name")
-    warns_only = ("gates.G2.", "gates.G3.", "gates.G3_5.", "gates.G4.")  # such a gate changes nothing of a run
-    assert same == (no_identity or key == "stopping.act" or key.startswith(warns_only))
-
-
-def test_identity_has_of_the_stopping_rules_those_that_can_act() -> None:
-    def stopping(*overrides: str) -> dict[str, dict[str, float]]:
-        return identity(config(*overrides))["stopping"]
-
-    alone = stopping()
-    assert alone.keys() == {"overfitting", "plateau", "reductions", "oscillation", "collapse", "grad_ratio"}
-    assert alone["overfitting"] == {"rise": 0.1} and stopping("stopping.act=true") == alone
-    for none in (("sweep.name=x",), ("stopping.act=false", "stopping.overfitting.rise=0.2"), ("stopping=off",)):
-        assert stopping(*none) == {}
-    assert stopping("sweep.name=x", "stopping.act=true") == alone
-    assert stopping("stopping.collapse.enabled=false", "stopping.collapse.probes=9") == {
-        name: rule for name, rule in alone.items() if name != "collapse"
-    }
-    no_reduction = stopping("stopping.plateau.reduce=false", "stopping.plateau.lr_factor=0.7")
-    assert no_reduction["plateau"] == {"min_delta": 0.001, "reduce": False, "stop": True, "stop_after": 0.2}
-    assert "reductions" not in no_reduction and "reductions" not in stopping("stopping.plateau.enabled=false")
-    no_stop = stopping("stopping.plateau.stop=false", "stopping.plateau.stop_after=0.3")
-    assert "stop_after" not in no_stop["plateau"] and "reductions" in no_stop
-    assert "plateau" not in stopping("stopping.plateau.stop=false", "stopping.plateau.reduce=false")
-
-
-def test_identity_leaves_out_what_the_model_does_not_have() -> None:
-    one = config("model=rwkv6", "fusion=gain")
-    assert "branch_dropout" not in identity(one)["model"]
-    for other in ("fusion=gated", "model.mamba.state_size=64", "model.attention.num_heads=2", "kernels.ssd=torch"):
-        overrides = ("fusion=gain", other) if not other.startswith("fusion") else (other,)
-        assert identity(config("model=rwkv6", *overrides)) == identity(one), other
-    assert identity(config("model=rwkv6", "fusion=gain", "model.rwkv.num_heads=2")) != identity(one)
-
-
-def test_identity_does_not_depend_on_how_it_was_written() -> None:
-    one, other = config("model.target_params=5.2M"), config("model.target_params=5.2e6")
-    assert identity(one) == identity(other)
-    assert identity(config("fusion=gated", "fusion.gate_init=0.5")) == identity(config("gate_init=balanced"))
-    assert identity(config("blocks=p8")) == identity(config())
-    cfg = config()
-    plain = to_plain(cfg)
-    identity(cfg)
-    assert to_plain(cfg) == plain  # asking leaves it as it was
-
-
-def test_identity_of_small_differences() -> None:
-    found = [
-        identity(small(*overrides))
-        for overrides in (
-            (),
-            ("seed_init=1",),
-            ("seed_data=1",),
-            ("optim.lr=0.0003000001",),
-            ("init=fla",),
-            ("fusion=gain",),
-        )
-    ]
-    assert all(a != b for a, b in itertools.combinations(found, 2))
-
-
-# ---- the composed configuration, by Hydra itself
-
-
-def by_hydra(*overrides: str) -> Config:
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return resolve(compose("config", list(overrides)))
-
-
-def test_tests_own_composition_is_hydras() -> None:
-    overrides = ("model=tiny", "fusion=gain", "fusion.gain_init=[0.7,0.3]", "model.pattern='R M*2'", "optim.lr=0.01",
-                 "model.target_params=1M", "schedule.min_lr=null", "trainer.compile=true", "variant=x")  # fmt: skip
-    assert config(*overrides) == by_hydra(*overrides)
-    assert config() == by_hydra()
-    defaults = config()
-    assert (defaults.model.name, defaults.fusion.name, defaults.fusion.gate_init) == ("hybrid_5m", "gated", 0.3)
-    assert (defaults.init.name, defaults.data.name, defaults.data.seq_len) == ("official", "shakespeare", 1024)
-    assert (defaults.optim.lr, defaults.schedule.warmup_steps, defaults.trainer.max_steps) == (3e-4, 2000, 5000)
-    assert (defaults.out, defaults.seed_init, defaults.seed_data, defaults.sweep.name) == ("outputs", 0, 0, None)
-
-
-def test_every_fusion_file_has_exactly_its_options() -> None:
-    own = {
-        "gain": {"gain_init"}, "weighted": {"weight_init"}, "gated": {"gate_init"}, "gated_channel": {"gate_init"},
-        "concat": {"proj_init"}, "residual": {"proj_init"}, "cross_attention": {"num_heads", "head_dim", "window"},
-    }  # fmt: skip
-    options = {field.name for field in dataclasses.fields(FusionConfig)}
-    for name in group_options("fusion"):
-        given = yaml.safe_load((CONF_DIR / "fusion" / f"{name}.yaml").read_text()).keys()
-        assert given == {"name", "branch_norm"} | own[name] and given <= options
-
-
-def test_data_defaults() -> None:
-    assert dataclasses.replace(config().data, name="text") == DataConfig(name="text")
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (("fusion=gatd",), "did you mean gated?"),
-        (("model.patern=P",), "did you mean 'model.pattern'?"),
-        (("fusion=gain", "fusion.gate_init=0.5"), "fusion.gate_init has no effect"),
-        (("model.rwkv.num_heads=0",), "model.rwkv.num_heads must be at least 1"),
-        (("model.rwkv.expand_k=nan",), "model.rwkv.expand_k"),
-    ],
-    ids=str,
-)
-def test_command_line_answers_within_two_seconds_and_without_torch(arguments: tuple[str, ...], words: str) -> None:
-    """Processor time, so that a busy machine does not fail it."""
-    code = (
-        "import sys, time; from hybrid.train import main\n"
-        "try: main()\n"
-        "finally: print(time.process_time(), 'torch' in sys.modules, 'fla' in sys.modules)"
-    )
-    begun = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=CONF_DIR.parent, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
-    seconds, *loaded = done.stdout.split()
-    assert loaded == ["False", "False"] and float(seconds) < 2 and time.monotonic() - begun < 30
