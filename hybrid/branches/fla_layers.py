@@ -114,7 +114,8 @@ def import_layers_only() -> tuple[type, type]:
             put_off(name)
         with only_the_log_of_transformers():
             return import_layers()
-    except Exception:
+    except (ImportError, AttributeError, KeyError):  # an installation that this does not know
+        logging.getLogger(__name__).debug("FLA is imported whole", exc_info=True)
         forget(*{"fla", "mamba_ssm"} - before)
         return import_layers()
 
