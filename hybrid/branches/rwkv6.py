@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid.branches import BranchState
 from hybrid.branches.fla_layers import RWKV6Attention, weights_are_initialised
-from hybrid.kernels import ddlerp, norm_then_gate, wkv6
+from hybrid.kernels import ddlerp_linear, norm_then_gate, wkv6
 from hybrid.schema import KernelsConfig, RWKVConfig
 
 
@@ -18,7 +18,7 @@ class RWKV6(RWKV6Attention):
     """RWKV-6 time mixing: data-dependent token shift, data-dependent decay, matrix-valued state.
 
     Parameters, shapes and names are FLA's; the forward is the published one (arXiv:2404.05892, section 4) in plain
-    PyTorch around ``kernels.ddlerp``, ``kernels.wkv6`` and ``kernels.norm_then_gate``. FLA's own warning that its RWKV
+    PyTorch around ``kernels.ddlerp_linear``, ``kernels.wkv6`` and ``kernels.norm_then_gate``. FLA's own warning that its RWKV
     "is potentially buggy" is answered by a test against an independent statement of the formulas.
     """
 
@@ -38,7 +38,7 @@ class RWKV6(RWKV6Attention):
         pairs = (self.x_proj[0].linear, self.x_proj[2], decay[0], decay[2])
         for parameter in (self.x_bias, self.bonus, *(layer.weight for layer in pairs)):
             parameter._no_weight_decay = True
-        self.x_proj[2].weight._read_by_rows = True  # never a linear layer: ``ddlerp`` takes it row by row
+        self.x_proj[2].weight._read_by_rows = True  # never a linear layer: ``ddlerp_linear`` takes it row by row
         self.backend = kernels.wkv6
         self.observer: Callable[[dict[str, Tensor]], None] | None = None  # called with the recurrence's inputs
 
@@ -58,14 +58,15 @@ class RWKV6(RWKV6Attention):
         # Token shift with a mix that depends on the data: x_proj is (to rank 5R, tanh, up again), x_bias its offset.
         to_low, tanh, to_full = self.x_proj
         low = tanh(to_low.linear(x + delta * to_low.mu))
-        xr, xw, xk, xv, xg = ddlerp(x, delta, low, to_full.weight, self.x_bias, self.backend)
-
-        r = self.r_proj.linear(xr).view(B, T, self.num_heads, self.head_k_dim)
-        k = self.k_proj.linear(xk).view(B, T, self.num_heads, self.head_k_dim)
-        v = self.v_proj.linear(xv).view(B, T, self.num_heads, self.head_v_dim)
-        g = self.g_proj.linear(xg)
+        decay_to_low, decay_tanh, decay_to_full = self.w_proj.linear.lora
+        plain = (self.k_proj, self.v_proj, self.g_proj)
+        projections = [layer.weight for layer in (self.r_proj.linear, decay_to_low, *(p.linear for p in plain))]
+        r, w, k, v, g = ddlerp_linear(x, delta, low, to_full.weight, self.x_bias, projections, self.backend)
         # exp(-exp(30)) is zero in any precision; beyond, the log decay would overflow and its differences be NaN.
-        w = -torch.exp(self.w_proj.linear(xw).float().clamp(max=30.0)).view(B, T, self.num_heads, self.head_k_dim)
+        w = -torch.exp(decay_to_full(decay_tanh(w)).float().clamp(max=30.0))
+
+        r, k, w = (y.view(B, T, self.num_heads, self.head_k_dim) for y in (r, k, w))
+        v = v.view(B, T, self.num_heads, self.head_v_dim)
 
         if self.observer is not None:
             self.observer({"r": r, "k": k, "v": v, "w": w, "u": self.bonus})

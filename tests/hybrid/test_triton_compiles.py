@@ -14,17 +14,19 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hybrid.kernels import adamw_triton, carry, conv_triton, ddlerp_triton, norms_triton, ssd_programs, wkv6_programs  # noqa: E402
+from hybrid.kernels import adamw_triton, carry, conv_triton, ddlerp_linear_triton, ddlerp_triton, norms_triton, ssd_programs, wkv6_programs  # noqa: E402
 
 H100 = GPUTarget("cuda", 90, 32)
 HALF = {"r", "k", "v", "o", "do", "dr", "dk", "dv", "x", "y", "dx", "dy", "B", "C", "dB", "dC", "dstates"}
 HALF |= {"gate", "dgate"}
 HALF |= {f"{name}{k}" for name in ("y", "dy") for k in range(5)}
+LOW = {"low", "dlow", "weight", "shifted", "ds", *(f"p{k}" for k in range(5))}
 NUMBERS = {"weight_decay", "beta2", "log_beta1", "log_beta2", "one_minus_beta1", "one_minus_beta2", "eps", "max_norm"}
 NUMBERS |= {"norm_eps"}
 WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32", "GIVEN": False}
 SSD = {"L": 64, "BP": 64, "BN": 128}
 DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
+LINEAR = {**DDLERP, "STEPS": 16, "BO": 128, "TURNED": True, "ALIGNED": True}
 PARTS = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32}
 ENDS = {"BN": 64, "OUTER": True, "LAST": True, "LEFT": False}
 CARRY = {"OUTER": True, "LAST": True, "PARTS": 8, "NUMBERS": 256}
@@ -86,6 +88,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     "ddlerp sums, widest": (
         ddlerp_triton._ddlerp_sums_kernel, {**DDLERP, "STEPS": 32, "BD": 256, "BR": 64}, set(), {"num_warps": 8}
     ),
+    "ddlerp mixed": (ddlerp_triton._ddlerp_mixed_kernel, DDLERP, set(), {"num_warps": 8}),
+    "ddlerp linear forward": (ddlerp_linear_triton._linear_forward_kernel, LINEAR, set(), {"num_warps": 4, "num_stages": 3}),
+    "ddlerp linear backward": (ddlerp_linear_triton._linear_backward_kernel, LINEAR, set(), {"num_warps": 4, "num_stages": 3}),
     "norm then gate": (norms_triton._gated_norm_forward_kernel, HEADS, set(), {"num_warps": 4}),
     "norm then gate, backward": (norms_triton._gated_norm_backward_kernel, HEADS, set(), {"num_warps": 4}),
     "gate then norm": (norms_triton._gated_norm_forward_kernel, WHOLE, {"bias"}, {"num_warps": 4}),
@@ -102,6 +107,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     "conv backward": (conv_triton._conv_backward_kernel, {"STEPS": 16, "BC": 128}, set(), {"num_warps": 2}),
 }  # fmt: skip
 IN_FLOAT32 = ["ddlerp forward", "ddlerp backward", "ddlerp backward, widest", "ddlerp sums", "ddlerp sums, widest"]
+IN_FLOAT32 += ["ddlerp mixed", "ddlerp linear forward", "ddlerp linear backward"]
 IN_FLOAT32 += ["norm then gate, backward, narrowest", "gate then norm, backward, widest"]
 
 
@@ -109,7 +115,7 @@ IN_FLOAT32 += ["norm then gate, backward, narrowest", "gate then norm, backward,
 def test_compiles(case: str, wide: bool) -> None:
     kernel, constants, absent, options = CASES[case]
     op = case.split()[0].rstrip(",")
-    half = HALF | {"wkv6": {"a", "b"}, "ssd": {"borders", "states"}, "ddlerp": {"low", "dlow", "weight"}}.get(op, set())
+    half = HALF | {"wkv6": {"a", "b"}, "ssd": {"borders", "states"}, "ddlerp": LOW}.get(op, set())
     half -= {"ddlerp": {"x", "dx"}}.get(op, set())  # the residual stream
     if wide:
         half, options = set(), options | FLAT
