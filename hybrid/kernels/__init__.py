@@ -14,8 +14,9 @@
 records it. All of them can be mapped over stacked models with ``torch.vmap``.
 
 ``causal_conv``, Mamba-2's short convolution, and ``gate_then_norm``, its gated norm, go with ``ssd``;
-``ddlerp_linear``, RWKV-6's token shift and projections, and ``norm_then_gate`` with ``wkv6``: Triton kernels where kernels serve that, else plain PyTorch
-(``conv.py``, ``ddlerp.py``, ``norms.py`` and their ``_triton``). Beside them lies the optimiser's update of stacked
+``ddlerp_linear``, RWKV-6's token shift and projections, and ``norm_then_gate`` with ``wkv6``: Triton kernels where
+kernels serve that, else plain PyTorch (``conv.py``, ``ddlerp.py``, ``norms.py`` and their ``_triton``; the token shift
+together with its projections is ``ddlerp_linear_triton.py``). Beside them lies the optimiser's update of stacked
 parameters (``adamw.py``, ``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between. Custom
 operators get their names in ``operators.py`` and their rule for ``torch.vmap`` in ``seeds.py``.
 """
@@ -243,33 +244,36 @@ def ddlerp_linear(
     x: Tensor, delta: Tensor, low: Tensor, weight: Tensor, bias: Tensor, projections: Sequence[Tensor],
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Five mixes of every step with the one before, each projected: ``y_k = (x + delta (low_k W_k^T + bias_k)) P_k^T``.
+    """Five mixes of every step with the one before, each projected: ``y_k = (x + delta m_k) P_k^T``.
 
-    The data-dependent linear interpolation of RWKV-6 and what its outputs are multiplied by (arXiv:2404.05892, section
-    4), with x [B,T,D], delta [B,T,D] the step before minus this one, low [B,T,5R] the five low-rank activations side by
-    side, weight W [D,5R], bias [5,D], five projections P_k [width_k,D]; ``backend`` is the one asked for ``wkv6``.
-    Returns five [B,T,width_k]: from kernels in the dtype of ``low``, else as ``F.linear`` gives them.
+    With ``m_k = tanh(low_k) W_k^T + bias_k``, the data-dependent linear interpolation of RWKV-6 and what its outputs
+    are multiplied by (arXiv:2404.05892, section 4): x [B,T,D], delta [B,T,D] the step before minus this one, low
+    [B,T,5R] the five low-rank activations side by side, weight W [D,5R], bias [5,D], five projections P_k [width_k,D];
+    ``backend`` is the one asked for ``wkv6``. Returns five [B,T,width_k]: from kernels in the dtype of ``low``, else as
+    ``F.linear`` gives them.
     """
     B, T, D = x.shape
     if delta.shape != x.shape or low.shape[:2] != (B, T) or weight.shape != (D, low.shape[2]) or low.shape[2] % MIXES:
         named = (("x", x), ("delta", delta), ("low", low), ("weight", weight))
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in named)
-        raise ValueError(f"ddlerp_linear needs x and delta [B,T,D], low [B,T,{MIXES}R], weight [D,{MIXES}R]; got {shapes}")
+        raise ValueError(f"ddlerp_linear needs x, delta [B,T,D], low [B,T,{MIXES}R], weight [D,{MIXES}R]; got {shapes}")
     if bias.shape != (MIXES, D):
         raise ValueError(f"ddlerp_linear needs a bias of {[MIXES, D]}, got {list(bias.shape)}")
     if len(projections) != MIXES or any(p.dim() != 2 or p.shape[1] != D for p in projections):
         shapes = ", ".join(str(list(p.shape)) for p in projections)
         raise ValueError(f"ddlerp_linear needs {MIXES} projections [width,{D}], got {shapes}")
-    if ddlerp_backend(backend, x.device.type, D, low.shape[2] // MIXES) == "torch":
-        shifted = ddlerp_torch(x, delta, low, weight, bias)
-    elif max(D, *(p.shape[0] for p in projections)) <= WIDEST_FUSED:
+    serving = ddlerp_backend(backend, x.device.type, D, low.shape[2] // MIXES)
+    if serving == "triton" and max(D, *(p.shape[0] for p in projections)) <= WIDEST_FUSED:
         from hybrid.kernels.ddlerp_linear_triton import ddlerp_linear_triton
 
         return ddlerp_linear_triton(x, delta, low, weight, bias, projections)
-    else:
+    low = torch.tanh(low)
+    if serving == "triton":
         from hybrid.kernels.ddlerp_triton import ddlerp_triton
 
         shifted = ddlerp_triton(x, delta, low, weight, bias)
+    else:
+        shifted = ddlerp_torch(x, delta, low, weight, bias)
     return tuple(F.linear(y, p) for y, p in zip(shifted, projections, strict=True))
 
 

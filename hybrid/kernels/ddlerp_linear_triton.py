@@ -1,14 +1,15 @@
 """RWKV-6's token shift and the five products behind it together: one Triton kernel forward, two backward.
 
-With m_k = low_k W_k^T + bias_k and s_k = x + delta m_k, the outputs are y_k = s_k P_k^T, k = 1..5. Neither m nor, on
-their way into the products, s are read from memory; of s a copy is written, as the gradients of P need it. Backward,
+With m_k = tanh(low_k) W_k^T + bias_k and s_k = x + delta m_k, the outputs are y_k = s_k P_k^T, k = 1..5. Neither m nor,
+on their way into the products, s are read from memory; of s a copy is written, as the gradients of P need it. Backward,
 with ds_k = dy_k P_k and dm_k = ds_k delta::
 
-    dP_k = dy_k^T s_k,  dlow_k = dm_k W_k,  dW_k = dm_k^T low_k,  dbias_k = sum_t dm_k
+    dP_k = dy_k^T s_k,  dlow_k = (dm_k W_k) (1 - tanh(low_k)^2),  dW_k = dm_k^T tanh(low_k),  dbias_k = sum_t dm_k
     dx = sum_k ds_k,  ddelta = sum_k ds_k m_k
 
-The first line is one kernel, which also writes ds; the second is left to that of ``ddlerp_triton.py``. A program has
-one k, whose matrices it holds, and a share of the steps, tile after tile: the next is loaded while one is computed.
+The first line is one kernel, which also writes ds, the second the other, whose programs have few steps and every k. In
+the others a program has one k, whose matrices it holds, and a share of the steps, tile after tile: the next is loaded
+while one is computed.
 Products of tiles run in the precision of ``low`` (full float32 for float32) and add up in float32.
 """
 
@@ -22,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels import MIXES
-from hybrid.kernels.ddlerp_triton import _of_mix, _pick, sum_of_mixes
+from hybrid.kernels.ddlerp_triton import _of_mix, _pick
 from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store, with_dense_models
+from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store, tanh, with_dense_models
 
 PROGRAMS = 264  # at work at the same time where there are steps enough: two on each processor of an H100
 STEPS = 16  # of a tile: small ones, of which several are on their way
@@ -45,7 +46,7 @@ def _projection(k, p0, p1, p2, p3, p4, n0, n1, n2, n3, n4, model, width, D,
 
 
 @triton.jit
-def _linear_forward_kernel(
+def _ddlerp_linear_forward_kernel(
     x_ptr, delta_ptr, low_ptr, weight_ptr, bias_ptr, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr,
     y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr, shifted_ptr,
     stop, D, R, width0, width1, width2, width3, width4, weight_model, bias_model,
@@ -71,7 +72,7 @@ def _linear_forward_kernel(
     for first in range(begin, end, STEPS):
         x = load(x_ptr + at, first, end, D, D, STEPS, BD).to(tl.float32)
         delta = load(delta_ptr + at, first, end, D, D, STEPS, BD).to(tl.float32)
-        low = load(low_ptr, first, end, MIXES * R, R, STEPS, BR)
+        low = tanh(load(low_ptr, first, end, MIXES * R, R, STEPS, BR).to(tl.float32)).to(p.dtype)
         m = tl.dot(low, tl.trans(weight), input_precision=PRECISION) + bias[None, :]
         shifted = (x + delta * m).to(p.dtype)
         store(shifted_ptr, shifted, first, end, MIXES * D, D, STEPS, BD)
@@ -80,7 +81,7 @@ def _linear_forward_kernel(
 
 
 @triton.jit
-def _linear_backward_kernel(
+def _ddlerp_linear_backward_kernel(
     shifted_ptr, delta_ptr, low_ptr, weight_ptr, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr,
     dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr, ds_ptr, dlow_ptr, sums_ptr,
     stop, D, R, width0, width1, width2, width3, width4, weight_model,
@@ -113,15 +114,15 @@ def _linear_backward_kernel(
         dy = load(dy_ptr, first, end, width, width, STEPS, BO).to(p.dtype)
         shifted = load(shifted_ptr, first, end, MIXES * D, D, STEPS, BD)
         delta = load(delta_ptr, first, end, D, D, STEPS, BD).to(tl.float32)
-        low = load(low_ptr, first, end, MIXES * R, R, STEPS, BR)
+        low = tanh(load(low_ptr, first, end, MIXES * R, R, STEPS, BR).to(tl.float32))
         ds = tl.dot(dy, p, input_precision=PRECISION)
         dp = tl.dot(tl.trans(shifted), dy, dp, input_precision=PRECISION)
         store(ds_ptr, ds, first, end, MIXES * D, D, STEPS, BD)
         ds *= delta
         dbias += tl.sum(ds, 0)
         dm = ds.to(p.dtype)
-        dweight = tl.dot(tl.trans(dm), low, dweight, input_precision=PRECISION)
-        dlow = tl.dot(dm, weight, input_precision=PRECISION)
+        dweight = tl.dot(tl.trans(dm), low.to(p.dtype), dweight, input_precision=PRECISION)
+        dlow = tl.dot(dm, weight, input_precision=PRECISION) * (1.0 - low * low)
         store(dlow_ptr, dlow, first, end, MIXES * R, R, STEPS, BR)
     sums_ptr += (model * tl.num_programs(1) + tl.program_id(1)) * numbers
     store(sums_ptr + k * R, dweight, 0, D, MIXES * R, R, BD, BR)
@@ -140,13 +141,41 @@ def _linear_backward_kernel(
     store(sums_ptr + before * D, dp, 0, D, width, width, BD, BO)
 
 
-def _constants(D: int, R: int, widths: list[int], low: Tensor) -> dict[str, int | str]:
-    # Loads of the next tile are under way in shared memory, where float32 has no room for them.
-    stages = 1 if low.dtype == torch.float32 else 3
+@triton.jit
+def _ddlerp_linear_mixed_kernel(
+    ds_ptr, low_ptr, weight_ptr, bias_ptr, dx_ptr, ddelta_ptr, stop, D, R, weight_model, bias_model,
+    PRECISION: tl.constexpr, MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    model = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * STEPS
+    at = model * stop * D
+    low_ptr += model * stop * MIXES * R
+    weight_ptr += model * weight_model
+    bias_ptr += model * bias_model
+    dx = tl.zeros((STEPS, BD), dtype=tl.float32)
+    ddelta = tl.zeros((STEPS, BD), dtype=tl.float32)
+    for k in range(0, MIXES):
+        ds = load(ds_ptr + at * MIXES + k * D, first, stop, MIXES * D, D, STEPS, BD).to(tl.float32)
+        low = tanh(load(low_ptr + k * R, first, stop, MIXES * R, R, STEPS, BR).to(tl.float32))
+        weight, bias = _of_mix(weight_ptr, bias_ptr, k, D, R, MIXES, BD, BR)
+        low = low.to(low_ptr.dtype.element_ty)
+        m = tl.dot(low, tl.trans(weight.to(low.dtype)), input_precision=PRECISION) + bias[None, :]
+        dx += ds
+        ddelta += ds * m
+    store(dx_ptr + at, dx, first, stop, D, D, STEPS, BD)
+    store(ddelta_ptr + at, ddelta, first, stop, D, D, STEPS, BD)
+
+
+def _constants(D: int, R: int, low: Tensor) -> dict[str, int | str]:
     return {
         "PRECISION": precision(low), "MIXES": MIXES, "STEPS": STEPS, "BD": power_of_two(D), "BR": power_of_two(R),
-        "BO": power_of_two(max(widths)), "num_warps": 4, "num_stages": stages,
+        "num_warps": 4,
     }  # fmt: skip
+
+
+def _of_projections(widths: list[int], low: Tensor) -> dict[str, int]:
+    # Loads of the next tiles are under way in shared memory, where float32 has no room for them.
+    return {"BO": power_of_two(max(widths)), "num_stages": 1 if low.dtype == torch.float32 else 3}
 
 
 def _shares(steps: int, models: int) -> tuple[int, int]:
@@ -181,10 +210,10 @@ def _forward(
     shares, tiles = _shares(steps, models)
     weight, bias = with_dense_models(weight), with_dense_models(bias)
     with torch.cuda.device_of(x):
-        _linear_forward_kernel[MIXES, shares, models](
+        _ddlerp_linear_forward_kernel[MIXES, shares, models](
             x.contiguous(), delta.contiguous(), low.contiguous(), weight, bias, *projections, *ys, shifted,
             steps, D, R, *widths, weight.stride(0), bias.stride(0), *(p.stride(0) for p in projections), tiles,
-            **_constants(D, R, widths, low), **lying,
+            **_constants(D, R, low), **_of_projections(widths, low), **lying,
         )  # fmt: skip
     return *ys, shifted
 
@@ -201,7 +230,7 @@ def _backward(
     p0: Tensor, p1: Tensor, p2: Tensor, p3: Tensor, p4: Tensor,
     dy0: Tensor, dy1: Tensor, dy2: Tensor, dy3: Tensor, dy4: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of x, delta and low; of the others [models*shares,numbers], as ``_linear_backward_kernel`` says."""
+    """The gradients of x, delta and low; of the others [models*shares,numbers] (``_ddlerp_linear_backward_kernel``)."""
     B, T, D = delta.shape
     models, R = weight.shape[0], low.shape[2] // MIXES
     projections, lying = _lying([p0, p1, p2, p3, p4])
@@ -209,18 +238,22 @@ def _backward(
     steps = B // models * T
     shares, tiles = _shares(steps, models)
     numbers = D * (MIXES * R + MIXES + sum(widths))
-    dlow = low.new_empty(B, T, MIXES * R)
+    dx, ddelta, dlow = delta.new_empty(B, T, D), delta.new_empty(B, T, D), low.new_empty(B, T, MIXES * R)
     ds = torch.empty_like(shifted)
     sums = low.new_empty(models * shares, numbers, dtype=torch.float32)
     weight, bias = with_dense_models(weight), with_dense_models(bias)
     delta, low, shifted = delta.contiguous(), low.contiguous(), shifted.contiguous()
     with torch.cuda.device_of(delta):
-        _linear_backward_kernel[MIXES, shares, models](
+        _ddlerp_linear_backward_kernel[MIXES, shares, models](
             shifted, delta, low, weight, *projections, *(dy.contiguous() for dy in (dy0, dy1, dy2, dy3, dy4)),
             ds, dlow, sums, steps, D, R, *widths, weight.stride(0), *(p.stride(0) for p in projections), numbers, tiles,
-            **_constants(D, R, widths, low), **lying,
+            **_constants(D, R, low), **_of_projections(widths, low), **lying,
         )  # fmt: skip
-    return *sum_of_mixes(ds, delta, low, weight, bias), dlow, sums
+        _ddlerp_linear_mixed_kernel[triton.cdiv(steps, STEPS), models](
+            ds, low, weight, bias, dx, ddelta, steps, D, R, weight.stride(0), bias.stride(0),
+            **_constants(D, R, low), num_stages=2,
+        )  # fmt: skip
+    return dx, ddelta, dlow, sums
 
 
 @_backward.register_fake

@@ -107,29 +107,6 @@ def _ddlerp_backward_kernel(
 
 
 @triton.jit
-def _ddlerp_mixed_kernel(
-    ds_ptr, low_ptr, weight_ptr, bias_ptr, dx_ptr, ddelta_ptr, stop, D, R, weight_model, bias_model,
-    PRECISION: tl.constexpr, MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """The sums over k alone, of the outputs' gradients ``ds`` [steps,5D]."""
-    model = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * STEPS
-    at = model * stop * D
-    low_ptr += model * stop * MIXES * R
-    weight_ptr += model * weight_model
-    bias_ptr += model * bias_model
-    dx = tl.zeros((STEPS, BD), dtype=tl.float32)
-    ddelta = tl.zeros((STEPS, BD), dtype=tl.float32)
-    for k in range(0, MIXES):
-        ds = load(ds_ptr + at * MIXES + k * D, first, stop, MIXES * D, D, STEPS, BD).to(tl.float32)
-        m, _ = _mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION, MIXES, STEPS, BD, BR)
-        dx += ds
-        ddelta += ds * m
-    store(dx_ptr + at, dx, first, stop, D, D, STEPS, BD)
-    store(ddelta_ptr + at, ddelta, first, stop, D, D, STEPS, BD)
-
-
-@triton.jit
 def _ddlerp_sums_kernel(
     delta_ptr, low_ptr, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr, dweight_ptr, dbias_ptr, stop, D, R, blocks,
     PRECISION: tl.constexpr, MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
@@ -166,23 +143,6 @@ def _constants(D: int, R: int, low: Tensor) -> dict[str, int | str]:
 def _steps(D: int) -> int:
     """Steps of a tile in the kernels that hold four of them at once, in the registers of eight warps."""
     return 64 if D <= 128 else 16
-
-
-def sum_of_mixes(ds: Tensor, delta: Tensor, low: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and delta [B,T,D], of those of the outputs [B,T,5D], on the current device.
-
-    All are dense but for weight and bias, which are as ``with_dense_models`` leaves them.
-    """
-    B, T, D = delta.shape
-    models, R = weight.shape[0], low.shape[2] // MIXES
-    dx, ddelta = delta.new_empty(B, T, D), delta.new_empty(B, T, D)
-    steps = B // models * T
-    with torch.cuda.device_of(delta):
-        _ddlerp_mixed_kernel[triton.cdiv(steps, _steps(D)), models](
-            ds, low, weight, bias, dx, ddelta, steps, D, R, weight.stride(0), bias.stride(0),
-            **_constants(D, R, low), STEPS=_steps(D), num_warps=8,
-        )  # fmt: skip
-    return dx, ddelta
 
 
 @operator("ddlerp_triton")

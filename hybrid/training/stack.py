@@ -91,7 +91,9 @@ class Stack:
                 for named, member in zip(own, view.unbind(0), strict=True):
                     named[name].data = member
             self.leaves.append(leaf)
-        self.run = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+        # Of what does not wait for each other, such as the sums of many small gradients, one kernel.
+        options = {"combo_kernels": True}
+        self.run = torch.compile(run, fullgraph=True, dynamic=False, options=options) if compiled else run
         self.side = torch.cuda.Stream(self.leaves[0].values.device) if self.leaves[0].values.is_cuda else None
         # Blocks with the same parts run through the first of them, with their own values: one compilation serves all.
         shapes = [tuple((n, p.shape) for n, p in block.named_parameters()) for block in template.blocks]

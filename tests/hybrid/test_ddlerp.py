@@ -52,7 +52,8 @@ def expected(values: list[Tensor], shares: list[Tensor]) -> list[Tensor]:
     leaves = [t.detach().cpu().double().requires_grad_() for t in values]
     x, delta, low, weight, bias, *projections = leaves
     R = low.shape[2] // MIXES
-    mixes = [low[..., k * R : (k + 1) * R] @ weight[:, k * R : (k + 1) * R].T + bias[k] for k in range(MIXES)]
+    tanh = torch.tanh(low)
+    mixes = [tanh[..., k * R : (k + 1) * R] @ weight[:, k * R : (k + 1) * R].T + bias[k] for k in range(MIXES)]
     ys = [(x + delta * m) @ p.T for m, p in zip(mixes, projections, strict=True)]
     return [*ys, *torch.autograd.grad(summed(ys, shares), leaves)]
 
@@ -79,13 +80,17 @@ def test_outputs_and_gradients(shape: tuple[int, ...], device: str, dtype: str, 
 
 
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
-def test_programs_of_many_tiles(device: str, dtype: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [16, 144], ids=["with the projections", "alone"])
+def test_programs_of_many_tiles(
+    width: int, device: str, dtype: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One program sums over all steps of a mix, the last tile of which is not full."""
     if device == "cuda" or INTERPRETED:
-        from hybrid.kernels import ddlerp_triton
+        from hybrid.kernels import ddlerp_linear_triton, ddlerp_triton
 
         monkeypatch.setattr(ddlerp_triton, "BUSY", 1)
-    values, shares = inputs((3, 50, 16, 16), dtype, device)
+        monkeypatch.setattr(ddlerp_linear_triton, "PROGRAMS", 1)
+    values, shares = inputs((3, 50, width, 16), dtype, device)
     held_against(values, shares, device, tolerance)
 
 

@@ -14,7 +14,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hybrid.kernels import adamw_triton, carry, conv_triton, ddlerp_linear_triton, ddlerp_triton, norms_triton, ssd_programs, wkv6_programs  # noqa: E402
+from hybrid.kernels import (  # noqa: E402  # noqa: E402
+    adamw_triton,
+    carry,
+    conv_triton,
+    ddlerp_linear_triton,
+    ddlerp_triton,
+    norms_triton,
+    ssd_programs,
+    wkv6_programs,
+)
 
 H100 = GPUTarget("cuda", 90, 32)
 HALF = {"r", "k", "v", "o", "do", "dr", "dk", "dv", "x", "y", "dx", "dy", "B", "C", "dB", "dC", "dstates"}
@@ -27,14 +36,15 @@ WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf3
 SSD = {"L": 64, "BP": 64, "BN": 128}
 DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
 LINEAR = {**DDLERP, "STEPS": 16, "BO": 128, "TURNED": True, "ALIGNED": True}
+AHEAD = {"num_warps": 4, "num_stages": 3}
 PARTS = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32}
 ENDS = {"BN": 64, "OUTER": True, "LAST": True, "LEFT": False}
 CARRY = {"OUTER": True, "LAST": True, "PARTS": 8, "NUMBERS": 256}
 ALONE = {"INITIAL": False, "FINAL": False}
 WITH_STATE = {"INITIAL": True, "FINAL": True}
 FLAT = {"num_stages": 1}
-HEADS = {"GATE_FIRST": False, "ROWS": 64, "BC": 32}
-WHOLE = {"GATE_FIRST": True, "ROWS": 8, "BC": 256}
+HEADS = {"GATE_FIRST": False, "ROWS": 16, "BC": 32}
+WHOLE = {"GATE_FIRST": True, "ROWS": 2, "BC": 256}
 CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     # kernel, constants, tensors that are absent, what it is launched with
     "wkv6 forward": (
@@ -88,26 +98,29 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     "ddlerp sums, widest": (
         ddlerp_triton._ddlerp_sums_kernel, {**DDLERP, "STEPS": 32, "BD": 256, "BR": 64}, set(), {"num_warps": 8}
     ),
-    "ddlerp mixed": (ddlerp_triton._ddlerp_mixed_kernel, DDLERP, set(), {"num_warps": 8}),
-    "ddlerp linear forward": (ddlerp_linear_triton._linear_forward_kernel, LINEAR, set(), {"num_warps": 4, "num_stages": 3}),
-    "ddlerp linear backward": (ddlerp_linear_triton._linear_backward_kernel, LINEAR, set(), {"num_warps": 4, "num_stages": 3}),
-    "norm then gate": (norms_triton._gated_norm_forward_kernel, HEADS, set(), {"num_warps": 4}),
-    "norm then gate, backward": (norms_triton._gated_norm_backward_kernel, HEADS, set(), {"num_warps": 4}),
-    "gate then norm": (norms_triton._gated_norm_forward_kernel, WHOLE, {"bias"}, {"num_warps": 4}),
-    "gate then norm, backward": (norms_triton._gated_norm_backward_kernel, WHOLE, {"bias"}, {"num_warps": 4}),
+    "ddlerp linear mixed": (
+        ddlerp_linear_triton._ddlerp_linear_mixed_kernel, {**DDLERP, "STEPS": 16}, set(),
+        {"num_warps": 4, "num_stages": 2},
+    ),
+    "ddlerp linear forward": (ddlerp_linear_triton._ddlerp_linear_forward_kernel, LINEAR, set(), AHEAD),
+    "ddlerp linear backward": (ddlerp_linear_triton._ddlerp_linear_backward_kernel, LINEAR, set(), AHEAD),
+    "norm then gate": (norms_triton._gated_norm_forward_kernel, HEADS, set(), {"num_warps": 1}),
+    "norm then gate, backward": (norms_triton._gated_norm_backward_kernel, HEADS, set(), {"num_warps": 1}),
+    "gate then norm": (norms_triton._gated_norm_forward_kernel, WHOLE, {"bias"}, {"num_warps": 1}),
+    "gate then norm, backward": (norms_triton._gated_norm_backward_kernel, WHOLE, {"bias"}, {"num_warps": 1}),
     "norm then gate, backward, narrowest": (
-        norms_triton._gated_norm_backward_kernel, {**HEADS, "ROWS": 128, "BC": 16}, set(), {"num_warps": 4},
+        norms_triton._gated_norm_backward_kernel, {**HEADS, "ROWS": 32, "BC": 16}, set(), {"num_warps": 1},
     ),
     "gate then norm, backward, widest": (
-        norms_triton._gated_norm_backward_kernel, {**WHOLE, "ROWS": 4, "BC": 512}, {"bias"}, {"num_warps": 4},
+        norms_triton._gated_norm_backward_kernel, {**WHOLE, "ROWS": 1, "BC": 512}, {"bias"}, {"num_warps": 1},
     ),
     "adamw squares": (adamw_triton._squares_kernel, {"BLOCK": 1024}, set(), {"num_warps": 4}),
     "adamw": (adamw_triton._adamw_kernel, {"BLOCK": 1024, "CLIP": True}, set(), {"num_warps": 4}),
-    "conv forward": (conv_triton._conv_forward_kernel, {"STEPS": 16, "BC": 128}, set(), {"num_warps": 2}),
-    "conv backward": (conv_triton._conv_backward_kernel, {"STEPS": 16, "BC": 128}, set(), {"num_warps": 2}),
+    "conv forward": (conv_triton._conv_forward_kernel, {"STEPS": 8, "BC": 128}, set(), {"num_warps": 2}),
+    "conv backward": (conv_triton._conv_backward_kernel, {"STEPS": 8, "BC": 128}, set(), {"num_warps": 2}),
 }  # fmt: skip
 IN_FLOAT32 = ["ddlerp forward", "ddlerp backward", "ddlerp backward, widest", "ddlerp sums", "ddlerp sums, widest"]
-IN_FLOAT32 += ["ddlerp mixed", "ddlerp linear forward", "ddlerp linear backward"]
+IN_FLOAT32 += ["ddlerp linear mixed", "ddlerp linear forward", "ddlerp linear backward"]
 IN_FLOAT32 += ["norm then gate, backward, narrowest", "gate then norm, backward, widest"]
 
 
