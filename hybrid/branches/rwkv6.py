@@ -56,14 +56,14 @@ class RWKV6(RWKV6Attention):
         delta = torch.cat((previous, x[:, :-1]), dim=1) - x
 
         # Token shift with a mix that depends on the data: x_proj is (to rank 5R, tanh, up again), x_bias its offset.
-        to_low, _, to_full = self.x_proj
-        low = to_low.linear(x + delta * to_low.mu)
-        decay_to_low, tanh, decay_to_full = self.w_proj.linear.lora
+        to_low, tanh, to_full = self.x_proj
+        low = tanh(to_low.linear(x + delta * to_low.mu))
+        decay_to_low, decay_tanh, decay_to_full = self.w_proj.linear.lora
         plain = (self.k_proj, self.v_proj, self.g_proj)
         projections = [layer.weight for layer in (self.r_proj.linear, decay_to_low, *(p.linear for p in plain))]
         r, w, k, v, g = ddlerp_linear(x, delta, low, to_full.weight, self.x_bias, projections, self.backend)
         # exp(-exp(30)) is zero in any precision; beyond, the log decay would overflow and its differences be NaN.
-        w = -torch.exp(decay_to_full(tanh(w)).float().clamp(max=30.0))
+        w = -torch.exp(decay_to_full(decay_tanh(w)).float().clamp(max=30.0))
 
         r, k, w = (y.view(B, T, self.num_heads, self.head_k_dim) for y in (r, k, w))
         v = v.view(B, T, self.num_heads, self.head_v_dim)

@@ -246,9 +246,9 @@ def ddlerp_linear(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Five mixes of every step with the one before, each projected: ``y_k = (x + delta m_k) P_k^T``.
 
-    With ``m_k = tanh(low_k) W_k^T + bias_k``, the data-dependent linear interpolation of RWKV-6 and what its outputs
-    are multiplied by (arXiv:2404.05892, section 4): x [B,T,D], delta [B,T,D] the step before minus this one, low
-    [B,T,5R] the five low-rank activations side by side, weight W [D,5R], bias [5,D], five projections P_k [width_k,D];
+    With ``m_k = low_k W_k^T + bias_k``, the data-dependent linear interpolation of RWKV-6 and what its outputs are
+    multiplied by (arXiv:2404.05892, section 4): x [B,T,D], delta [B,T,D] the step before minus this one, low [B,T,5R]
+    the five low-rank activations side by side, weight W [D,5R], bias [5,D], five projections P_k [width_k,D];
     ``backend`` is the one asked for ``wkv6``. Returns five [B,T,width_k]: from kernels in the dtype of ``low``, else as
     ``F.linear`` gives them.
     """
@@ -267,7 +267,6 @@ def ddlerp_linear(
         from hybrid.kernels.ddlerp_linear_triton import ddlerp_linear_triton
 
         return ddlerp_linear_triton(x, delta, low, weight, bias, projections)
-    low = torch.tanh(low)
     if serving == "triton":
         from hybrid.kernels.ddlerp_triton import ddlerp_triton
 

@@ -3,9 +3,7 @@
 With u_t = bias + w0 x_{t-3} + w1 x_{t-2} + w2 x_{t-1} + w3 x_t and y_t = SiLU(u_t), a program has some channels of one
 sequence and walks some steps, forward from the first, backward from the last, with the inputs that it needs again in
 registers: a program loads each once. u is not kept but computed again in the backward pass, where
-dx_t = w3 du_t + w2 du_{t+1} + w1 du_{t+2} + w0 du_{t+3}. Shorter filters have zeros in front. Where there is more than
-enough to do, a program of the backward pass walks several blocks of steps, for fewer partial sums of the filters'
-gradients.
+dx_t = w3 du_t + w2 du_{t+1} + w1 du_{t+2} + w0 du_{t+3}. Shorter filters have zeros in front.
 """
 
 from __future__ import annotations
@@ -21,9 +19,10 @@ from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, silu, strides, with_dense_models, with_dense_rows
 
-CHANNELS, WARPS = 128, 2  # of a program: two channels a thread, loads of 4 bytes in bfloat16
-STEPS = 8  # of a block, without a branch between them, so that their loads are under way together
-BUSY = 4096  # programs of the backward pass, above which one has several blocks
+CHANNELS = 128  # of a program
+# Steps of a program, without a branch between them, so that their loads are under way together, and its warps. More
+# steps mean fewer partial sums backward.
+FORWARD, BACKWARD = {"STEPS": 8, "num_warps": 2}, {"STEPS": 16, "num_warps": 1}
 
 
 @triton.jit
@@ -73,7 +72,7 @@ def _conv_forward_kernel(
 @triton.jit
 def _conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, sums_ptr,
-    T, C, weight_model, bias_model, sequences_per_model, x_batch, x_step, dy_batch, dy_step, blocks,
+    T, C, weight_model, bias_model, sequences_per_model, x_batch, x_step, dy_batch, dy_step,
     STEPS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -84,8 +83,8 @@ def _conv_backward_kernel(
     x_ptr += b * x_batch + channel
     dy_ptr += b * dy_batch + channel
     dx_ptr += b * T * C + channel
-    start = tl.program_id(1).to(tl.int64) * blocks * STEPS
-    stop = start + blocks * STEPS
+    start = tl.program_id(1).to(tl.int64) * STEPS
+    stop = start + STEPS
     x1 = _at(x_ptr, stop, T, x_step, here)
     x2 = _at(x_ptr, stop + 1, T, x_step, here)
     x3 = _at(x_ptr, stop + 2, T, x_step, here)
@@ -105,23 +104,21 @@ def _conv_backward_kernel(
     dw2 = dw0
     dw3 = dw0
     dbias = dw0
-    for block in range(0, blocks):
-        last = stop - 1 - block * STEPS
-        for i in tl.static_range(STEPS):
-            t = last - i
-            x0 = _at(x_ptr, t - 3, T, x_step, here)
-            u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-            _, slope = silu(u)
-            du = _at(dy_ptr, t, T, dy_step, here) * slope
-            dx = w3 * du + w2 * du1 + w1 * du2 + w0 * du3
-            tl.store(dx_ptr + t * C, dx.to(dx_ptr.dtype.element_ty), mask=here & (t < T))
-            dw0 += du * x0
-            dw1 += du * x1
-            dw2 += du * x2
-            dw3 += du * x3
-            dbias += du
-            du1, du2, du3 = du, du1, du2
-            x1, x2, x3 = x0, x1, x2
+    for i in tl.static_range(STEPS):
+        t = stop - 1 - i
+        x0 = _at(x_ptr, t - 3, T, x_step, here)
+        u = bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+        _, slope = silu(u)
+        du = _at(dy_ptr, t, T, dy_step, here) * slope
+        dx = w3 * du + w2 * du1 + w1 * du2 + w0 * du3
+        tl.store(dx_ptr + t * C, dx.to(dx_ptr.dtype.element_ty), mask=here & (t < T))
+        dw0 += du * x0
+        dw1 += du * x1
+        dw2 += du * x2
+        dw3 += du * x3
+        dbias += du
+        du1, du2, du3 = du, du1, du2
+        x1, x2, x3 = x0, x1, x2
     sums_ptr += (b * tl.num_programs(1) + tl.program_id(1)) * 5 * C + channel
     tl.store(sums_ptr, dw0, mask=here)
     tl.store(sums_ptr + C, dw1, mask=here)
@@ -136,9 +133,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
     x, weight, bias = with_dense_rows(x), with_dense_models(weight), with_dense_models(bias)
     with torch.cuda.device_of(x):
-        _conv_forward_kernel[B, triton.cdiv(T, STEPS), triton.cdiv(C, CHANNELS)](
+        _conv_forward_kernel[B, triton.cdiv(T, FORWARD["STEPS"]), triton.cdiv(C, CHANNELS)](
             x, weight, bias, y, T, C, weight.stride(0), bias.stride(0), B // weight.shape[0], *strides(x),
-            STEPS=STEPS, BC=CHANNELS, num_warps=WARPS,
+            BC=CHANNELS, **FORWARD,
         )  # fmt: skip
     return y
 
@@ -148,26 +145,24 @@ def _(x, weight, bias):
     return x.new_empty(x.shape)
 
 
-def _shares(B: int, T: int, C: int) -> tuple[int, int]:
-    """Into how many the steps of a sequence are cut for the backward pass, and blocks of one."""
-    blocks = (T + STEPS - 1) // STEPS
-    each = max(1, min(blocks, B * blocks * ((C + CHANNELS - 1) // CHANNELS) // BUSY))
-    return (blocks + each - 1) // each, each
+def _programs(T: int) -> int:
+    """Programs that share a sequence in the backward pass."""
+    return (T + BACKWARD["STEPS"] - 1) // BACKWARD["STEPS"]
 
 
 @operator("conv_triton_backward")
 def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of x, and every program's sums [B,programs,5,C] for the four weights and the bias."""
     B, T, C = x.shape
-    programs, blocks = _shares(B, T, C)
+    programs = _programs(T)
     dx, sums = x.new_empty(x.shape), x.new_empty(B, programs, LONGEST_FILTER + 1, C, dtype=torch.float32)
     x, dy = with_dense_rows(x), with_dense_rows(dy)
     weight, bias = with_dense_models(weight), with_dense_models(bias)
     with torch.cuda.device_of(x):
         _conv_backward_kernel[B, programs, triton.cdiv(C, CHANNELS)](
             x, weight, bias, dy, dx, sums,
-            T, C, weight.stride(0), bias.stride(0), B // weight.shape[0], *strides(x, dy), blocks,
-            STEPS=STEPS, BC=CHANNELS, num_warps=WARPS,
+            T, C, weight.stride(0), bias.stride(0), B // weight.shape[0], *strides(x, dy),
+            BC=CHANNELS, **BACKWARD,
         )  # fmt: skip
     return dx, sums
 
@@ -175,7 +170,7 @@ def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tens
 @_backward.register_fake
 def _(x, weight, bias, dy):
     B, T, C = x.shape
-    return x.new_empty(x.shape), x.new_empty(B, _shares(B, T, C)[0], LONGEST_FILTER + 1, C, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(B, _programs(T), LONGEST_FILTER + 1, C, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):

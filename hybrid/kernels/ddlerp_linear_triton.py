@@ -1,10 +1,10 @@
 """RWKV-6's token shift and the five products behind it together: one Triton kernel forward, two backward.
 
-With m_k = tanh(low_k) W_k^T + bias_k and s_k = x + delta m_k, the outputs are y_k = s_k P_k^T, k = 1..5. Neither m nor,
-on their way into the products, s are read from memory; of s a copy is written, as the gradients of P need it. Backward,
+With m_k = low_k W_k^T + bias_k and s_k = x + delta m_k, the outputs are y_k = s_k P_k^T, k = 1..5. Neither m nor, on
+their way into the products, s are read from memory; of s a copy is written, as the gradients of P need it. Backward,
 with ds_k = dy_k P_k and dm_k = ds_k delta::
 
-    dP_k = dy_k^T s_k,  dlow_k = (dm_k W_k) (1 - tanh(low_k)^2),  dW_k = dm_k^T tanh(low_k),  dbias_k = sum_t dm_k
+    dP_k = dy_k^T s_k,  dlow_k = dm_k W_k,  dW_k = dm_k^T low_k,  dbias_k = sum_t dm_k
     dx = sum_k ds_k,  ddelta = sum_k ds_k m_k
 
 The first line is one kernel, which also writes ds, the second the other, whose programs have few steps and every k. In
@@ -23,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels import MIXES
-from hybrid.kernels.ddlerp_triton import _of_mix, _pick
+from hybrid.kernels.ddlerp_triton import _mix, _of_mix, _pick
 from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store, tanh, with_dense_models
+from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store, with_dense_models
 
 PROGRAMS = 264  # at work at the same time where there are steps enough: two on each processor of an H100
 STEPS = 16  # of a tile: small ones, of which several are on their way
@@ -72,7 +72,7 @@ def _ddlerp_linear_forward_kernel(
     for first in range(begin, end, STEPS):
         x = load(x_ptr + at, first, end, D, D, STEPS, BD).to(tl.float32)
         delta = load(delta_ptr + at, first, end, D, D, STEPS, BD).to(tl.float32)
-        low = tanh(load(low_ptr, first, end, MIXES * R, R, STEPS, BR).to(tl.float32)).to(p.dtype)
+        low = load(low_ptr, first, end, MIXES * R, R, STEPS, BR)
         m = tl.dot(low, tl.trans(weight), input_precision=PRECISION) + bias[None, :]
         shifted = (x + delta * m).to(p.dtype)
         store(shifted_ptr, shifted, first, end, MIXES * D, D, STEPS, BD)
@@ -114,15 +114,15 @@ def _ddlerp_linear_backward_kernel(
         dy = load(dy_ptr, first, end, width, width, STEPS, BO).to(p.dtype)
         shifted = load(shifted_ptr, first, end, MIXES * D, D, STEPS, BD)
         delta = load(delta_ptr, first, end, D, D, STEPS, BD).to(tl.float32)
-        low = tanh(load(low_ptr, first, end, MIXES * R, R, STEPS, BR).to(tl.float32))
+        low = load(low_ptr, first, end, MIXES * R, R, STEPS, BR)
         ds = tl.dot(dy, p, input_precision=PRECISION)
         dp = tl.dot(tl.trans(shifted), dy, dp, input_precision=PRECISION)
         store(ds_ptr, ds, first, end, MIXES * D, D, STEPS, BD)
         ds *= delta
         dbias += tl.sum(ds, 0)
         dm = ds.to(p.dtype)
-        dweight = tl.dot(tl.trans(dm), low.to(p.dtype), dweight, input_precision=PRECISION)
-        dlow = tl.dot(dm, weight, input_precision=PRECISION) * (1.0 - low * low)
+        dweight = tl.dot(tl.trans(dm), low, dweight, input_precision=PRECISION)
+        dlow = tl.dot(dm, weight, input_precision=PRECISION)
         store(dlow_ptr, dlow, first, end, MIXES * R, R, STEPS, BR)
     sums_ptr += (model * tl.num_programs(1) + tl.program_id(1)) * numbers
     store(sums_ptr + k * R, dweight, 0, D, MIXES * R, R, BD, BR)
@@ -156,10 +156,7 @@ def _ddlerp_linear_mixed_kernel(
     ddelta = tl.zeros((STEPS, BD), dtype=tl.float32)
     for k in range(0, MIXES):
         ds = load(ds_ptr + at * MIXES + k * D, first, stop, MIXES * D, D, STEPS, BD).to(tl.float32)
-        low = tanh(load(low_ptr + k * R, first, stop, MIXES * R, R, STEPS, BR).to(tl.float32))
-        weight, bias = _of_mix(weight_ptr, bias_ptr, k, D, R, MIXES, BD, BR)
-        low = low.to(low_ptr.dtype.element_ty)
-        m = tl.dot(low, tl.trans(weight.to(low.dtype)), input_precision=PRECISION) + bias[None, :]
+        m, _ = _mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION, MIXES, STEPS, BD, BR)
         dx += ds
         ddelta += ds * m
     store(dx_ptr + at, dx, first, stop, D, D, STEPS, BD)

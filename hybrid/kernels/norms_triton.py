@@ -1,8 +1,7 @@
 """The gated norms behind the two recurrences as one Triton kernel forward and one backward.
 
 A program has some steps of one group of channels, each of which it normalises by itself; nothing is kept for the
-backward pass but the inputs. Where there is more than enough to do, its programs have several tiles, for fewer partial
-sums of the weights' gradients. With g SiLU(gate), mean over the group's channels, and n the normalised input::
+backward pass but the inputs. With g SiLU(gate), mean over the group's channels, and n the normalised input::
 
     first the gate (Mamba-2)    s = x g             n = s / sqrt(mean(s^2) + eps)    y = n weight
     first the norm (RWKV-6)     s = x - mean(x)     n = s / sqrt(mean(s^2) + eps)    y = (n weight + bias) g
@@ -23,7 +22,6 @@ from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, load, power_of_two, silu, store, with_dense_models, with_dense_rows
 
 NUMBERS, WARPS = 512, 1  # of a tile, and of a program
-BUSY = 4096  # programs of the backward pass, above which one has several tiles
 
 
 @triton.jit
@@ -51,12 +49,16 @@ def _of_channels(pointer, model, stride, column, width, BC: tl.constexpr):
 
 
 @triton.jit
-def _tile(x_ptr, gate_ptr, model, first, rows, column, width, x_row, gate_row,
+def _tile(x_ptr, gate_ptr, weight_ptr, rows, width, x_row, gate_row, weight_model,
           ROWS: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """x, and SiLU(gate) with its derivative, of the rows from ``first`` on."""
+    """This program's first row, first channel and model, and its x, SiLU(gate) with its derivative, and weights."""
+    first = tl.program_id(0) * ROWS
+    column = tl.program_id(1) * width
+    model = tl.program_id(2).to(tl.int64)
     x = _rows_of(x_ptr, model, first, rows, x_row, column, width, ROWS, BC)
     opened, opening = silu(_rows_of(gate_ptr, model, first, rows, gate_row, column, width, ROWS, BC))
-    return x, opened, opening
+    weight = _of_channels(weight_ptr, model, weight_model, column, width, BC)
+    return first, column, model, x, opened, opening, weight
 
 
 @triton.jit
@@ -64,11 +66,9 @@ def _gated_norm_forward_kernel(
     x_ptr, gate_ptr, weight_ptr, bias_ptr, y_ptr, rows, C, width, x_row, gate_row, weight_model, bias_model, norm_eps,
     GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
-    column = tl.program_id(1) * width
-    model = tl.program_id(2).to(tl.int64)
-    x, opened, _ = _tile(x_ptr, gate_ptr, model, first, rows, column, width, x_row, gate_row, ROWS, BC)
-    weight = _of_channels(weight_ptr, model, weight_model, column, width, BC)
+    first, column, model, x, opened, _, weight = _tile(
+        x_ptr, gate_ptr, weight_ptr, rows, width, x_row, gate_row, weight_model, ROWS, BC
+    )
     if GATE_FIRST:
         n, _ = _normalised(x * opened, width, norm_eps, False, BC)
         y = n * weight
@@ -81,43 +81,36 @@ def _gated_norm_forward_kernel(
 @triton.jit
 def _gated_norm_backward_kernel(
     x_ptr, gate_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, dbias_ptr,
-    rows, C, width, x_row, gate_row, dy_row, weight_model, bias_model, norm_eps, tiles,
+    rows, C, width, x_row, gate_row, dy_row, weight_model, bias_model, norm_eps,
     GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(1) * width
-    model = tl.program_id(2).to(tl.int64)
-    out = model * rows * C + column
-    weight = _of_channels(weight_ptr, model, weight_model, column, width, BC)
-    dweight = tl.zeros((ROWS, BC), dtype=tl.float32)
-    dbias = tl.zeros((ROWS, BC), dtype=tl.float32)
-    begin = tl.program_id(0) * tiles * ROWS
-    for first in range(begin, tl.minimum(begin + tiles * ROWS, rows), ROWS):
-        x, opened, opening = _tile(x_ptr, gate_ptr, model, first, rows, column, width, x_row, gate_row, ROWS, BC)
-        dy = _rows_of(dy_ptr, model, first, rows, dy_row, column, width, ROWS, BC)
-        if GATE_FIRST:
-            n, scale = _normalised(x * opened, width, norm_eps, False, BC)
-            dweight += dy * n
-            dn = dy * weight
-            ds = (dn - n * (tl.sum(dn * n, 1) / width)[:, None]) * scale[:, None]
-            dx = ds * opened
-            dgate = ds * x * opening
-        else:
-            n, scale = _normalised(x, width, norm_eps, True, BC)
-            bias = _of_channels(bias_ptr, model, bias_model, column, width, BC)
-            dgate = dy * (n * weight + bias) * opening
-            dnormed = dy * opened
-            dbias += dnormed
-            dweight += dnormed * n
-            dn = dnormed * weight
-            mean, along = tl.sum(dn, 1) / width, tl.sum(dn * n, 1) / width
-            dx = (dn - mean[:, None] - n * along[:, None]) * scale[:, None]
-        store(dx_ptr + out, dx, first, rows, C, width, ROWS, BC)
-        store(dgate_ptr + out, dgate, first, rows, C, width, ROWS, BC)
+    first, column, model, x, opened, opening, weight = _tile(
+        x_ptr, gate_ptr, weight_ptr, rows, width, x_row, gate_row, weight_model, ROWS, BC
+    )
+    dy = _rows_of(dy_ptr, model, first, rows, dy_row, column, width, ROWS, BC)
     channel = tl.arange(0, BC)
+    out = model * rows * C + column
     sums = (model * tl.num_programs(0) + tl.program_id(0)) * C + column + channel
+    if GATE_FIRST:
+        n, scale = _normalised(x * opened, width, norm_eps, False, BC)
+        dweight = dy * n
+        dn = dy * weight
+        ds = (dn - n * (tl.sum(dn * n, 1) / width)[:, None]) * scale[:, None]
+        dx = ds * opened
+        dgate = ds * x * opening
+    else:
+        n, scale = _normalised(x, width, norm_eps, True, BC)
+        bias = _of_channels(bias_ptr, model, bias_model, column, width, BC)
+        dgate = dy * (n * weight + bias) * opening
+        dnormed = dy * opened
+        tl.store(dbias_ptr + sums, tl.sum(dnormed, 0), mask=channel < width)
+        dweight = dnormed * n
+        dn = dnormed * weight
+        mean, along = tl.sum(dn, 1) / width, tl.sum(dn * n, 1) / width
+        dx = (dn - mean[:, None] - n * along[:, None]) * scale[:, None]
     tl.store(dweight_ptr + sums, tl.sum(dweight, 0), mask=channel < width)
-    if not GATE_FIRST:
-        tl.store(dbias_ptr + sums, tl.sum(dbias, 0), mask=channel < width)
+    store(dx_ptr + out, dx, first, rows, C, width, ROWS, BC)
+    store(dgate_ptr + out, dgate, first, rows, C, width, ROWS, BC)
 
 
 def _cut(width: int) -> dict[str, int]:
@@ -125,15 +118,8 @@ def _cut(width: int) -> dict[str, int]:
     return {"ROWS": max(1, NUMBERS // block), "BC": block, "num_warps": WARPS}
 
 
-def _tiles(rows: int, width: int) -> int:
-    return -(-rows // _cut(width)["ROWS"])
-
-
-def _shares(rows: int, width: int, groups: int, models: int) -> tuple[int, int]:
-    """Into how many the rows of a model are cut for the backward pass, and tiles of one."""
-    tiles = _tiles(rows, width)
-    each = max(1, min(tiles, tiles * groups * models // BUSY))
-    return -(-tiles // each), each
+def _programs(rows: int, width: int) -> int:
+    return triton.cdiv(rows, _cut(width)["ROWS"])
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -151,7 +137,7 @@ def _forward(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, group
     x, gate, weight = _as_rows(x), _as_rows(gate), with_dense_models(weight)
     bias = None if bias is None else with_dense_models(bias)
     with torch.cuda.device_of(x):
-        _gated_norm_forward_kernel[_tiles(rows, width), groups, models](
+        _gated_norm_forward_kernel[_programs(rows, width), groups, models](
             x, gate, weight, bias, y, rows, C, width, x.stride(0), gate.stride(0), weight.stride(0),
             0 if bias is None else bias.stride(0), eps, GATE_FIRST=bias is None, **_cut(width),
         )  # fmt: skip
@@ -171,7 +157,7 @@ def _backward(
     B, T, C = x.shape
     models, width = weight.shape[0], C // groups
     rows = B // models * T
-    programs, tiles = _shares(rows, width, groups, models)
+    programs = _programs(rows, width)
     dx, dgate = x.new_empty(x.shape), gate.new_empty(x.shape)
     dweight = x.new_empty(models * programs, C, dtype=torch.float32)
     dbias = x.new_empty((0,) if bias is None else dweight.shape, dtype=torch.float32)
@@ -181,7 +167,7 @@ def _backward(
         _gated_norm_backward_kernel[programs, groups, models](
             x, gate, weight, bias, dy, dx, dgate, dweight, dbias,
             rows, C, width, x.stride(0), gate.stride(0), dy.stride(0), weight.stride(0),
-            0 if bias is None else bias.stride(0), eps, tiles, GATE_FIRST=bias is None, **_cut(width),
+            0 if bias is None else bias.stride(0), eps, GATE_FIRST=bias is None, **_cut(width),
         )  # fmt: skip
     return dx, dgate, dweight, dbias
 
@@ -190,7 +176,7 @@ def _backward(
 def _(x, gate, weight, bias, dy, groups, eps):
     B, T, C = x.shape
     models = weight.shape[0]
-    rows = models * _shares(B // models * T, C // groups, groups, models)[0]
+    rows = models * _programs(B // models * T, C // groups)
     dbias = x.new_empty((0,) if bias is None else (rows, C), dtype=torch.float32)
     dweight = x.new_empty(rows, C, dtype=torch.float32)
     return x.new_empty(x.shape), gate.new_empty(x.shape), dweight, dbias

@@ -41,16 +41,6 @@ def silu(u):
     return u * share, share * (1.0 + u * (1.0 - share))
 
 
-@triton.jit
-def tanh(x):
-    """tanh(x), from its series where the difference of exponentials would have few digits."""
-    fall = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - fall) / (1.0 + fall)
-    square = x * x
-    series = 1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))))
-    return tl.where(square < 0.04, x * series, tl.where(x < 0.0, -far, far))
-
-
 def with_dense_heads(x: Tensor) -> Tensor:
     """x [B,T,H,D] itself where the heads of a step lie side by side, as the kernels need it, else a copy."""
     D = x.shape[-1]

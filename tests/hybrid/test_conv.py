@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.kernels import causal_conv, conv_backend
-from tests.hybrid.either_form import INTERPRETED, backend_for, on_devices
+from tests.hybrid.either_form import backend_for, on_devices
 from tests.hybrid.recurrences import with_gaps
 from tests.hybrid.test_kernels import relative_error
 
@@ -52,19 +52,6 @@ def check(shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_outputs_and_gradients(shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> None:
     check(shape, device, dtype, tolerance)
-
-
-@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
-@pytest.mark.parametrize("steps", [16, 30, 70])
-def test_programs_of_many_blocks(
-    steps: int, device: str, dtype: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One program walks a whole sequence, the last block of which is not full."""
-    if device == "cuda" or INTERPRETED:
-        from hybrid.kernels import conv_triton
-
-        monkeypatch.setattr(conv_triton, "BUSY", 1)
-    check((2, steps, 140, 4), device, dtype, tolerance)
 
 
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)

@@ -52,8 +52,7 @@ def expected(values: list[Tensor], shares: list[Tensor]) -> list[Tensor]:
     leaves = [t.detach().cpu().double().requires_grad_() for t in values]
     x, delta, low, weight, bias, *projections = leaves
     R = low.shape[2] // MIXES
-    tanh = torch.tanh(low)
-    mixes = [tanh[..., k * R : (k + 1) * R] @ weight[:, k * R : (k + 1) * R].T + bias[k] for k in range(MIXES)]
+    mixes = [low[..., k * R : (k + 1) * R] @ weight[:, k * R : (k + 1) * R].T + bias[k] for k in range(MIXES)]
     ys = [(x + delta * m) @ p.T for m, p in zip(mixes, projections, strict=True)]
     return [*ys, *torch.autograd.grad(summed(ys, shares), leaves)]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid.kernels import gate_then_norm, norm_backend, norm_then_gate
-from tests.hybrid.either_form import INTERPRETED, backend_for, on_devices
+from tests.hybrid.either_form import backend_for, on_devices
 from tests.hybrid.recurrences import with_gaps
 from tests.hybrid.test_kernels import relative_error
 
@@ -58,7 +58,10 @@ def call(kind: str, values: list[Tensor], groups: int, device: str) -> Tensor:
     return function(*values, groups=groups, eps=EPS, backend=backend_for(device))
 
 
-def check(kind: str, shape: tuple[int, ...], dtype: str, device: str, tolerance: float) -> None:
+@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients(kind: str, shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> None:
     *values, share = inputs(kind, shape, dtype, device)
     leaves = [t.detach().requires_grad_() for t in values]
     y = call(kind, leaves, shape[2], device)
@@ -67,27 +70,6 @@ def check(kind: str, shape: tuple[int, ...], dtype: str, device: str, tolerance:
     found = [y, *torch.autograd.grad((y * share).sum(), leaves)]
     for one, wanted in zip(found, expected(kind, values, shape[2], share), strict=True):
         assert relative_error(one, wanted) < tolerance
-
-
-@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients(kind: str, shape: tuple[int, ...], device: str, dtype: str, tolerance: float) -> None:
-    check(kind, shape, dtype, device, tolerance)
-
-
-@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(2, 70, 2, 32), (3, 31, 1, 300)], ids=str)
-def test_programs_of_many_tiles(
-    shape: tuple[int, ...], kind: str, device: str, dtype: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One program has all rows of a group, the last tile of which is not full."""
-    if device == "cuda" or INTERPRETED:
-        from hybrid.kernels import norms_triton
-
-        monkeypatch.setattr(norms_triton, "BUSY", 1)
-    check(kind, shape, dtype, device, tolerance)
 
 
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)

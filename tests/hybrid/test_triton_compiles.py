@@ -117,7 +117,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
     "adamw squares": (adamw_triton._squares_kernel, {"BLOCK": 1024}, set(), {"num_warps": 4}),
     "adamw": (adamw_triton._adamw_kernel, {"BLOCK": 1024, "CLIP": True}, set(), {"num_warps": 4}),
     "conv forward": (conv_triton._conv_forward_kernel, {"STEPS": 8, "BC": 128}, set(), {"num_warps": 2}),
-    "conv backward": (conv_triton._conv_backward_kernel, {"STEPS": 8, "BC": 128}, set(), {"num_warps": 2}),
+    "conv backward": (conv_triton._conv_backward_kernel, {"STEPS": 16, "BC": 128}, set(), {"num_warps": 1}),
 }  # fmt: skip
 IN_FLOAT32 = ["ddlerp forward", "ddlerp backward", "ddlerp backward, widest", "ddlerp sums", "ddlerp sums, widest"]
 IN_FLOAT32 += ["ddlerp linear mixed", "ddlerp linear forward", "ddlerp linear backward"]
