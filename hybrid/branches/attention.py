@@ -14,6 +14,8 @@ from hybrid.schema import AttentionConfig
 class Attention(nn.Module):
     """Multi-head attention without biases; the state is the keys and values of everything before."""
 
+    only_linear = True
+
     def __init__(self, d_model: int, cfg: AttentionConfig) -> None:
         super().__init__()
         self.num_heads, self.rope_base = cfg.num_heads, cfg.rope_base

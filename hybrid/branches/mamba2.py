@@ -21,6 +21,8 @@ class Mamba2(fla_layers.Mamba2):
     ``kernels.causal_conv``, ``kernels.ssd`` and ``kernels.gate_then_norm``.
     """
 
+    only_linear = True
+
     def __init__(self, d_model: int, cfg: MambaConfig, kernels: KernelsConfig) -> None:
         super().__init__(
             hidden_size=d_model,

@@ -22,6 +22,8 @@ class RWKV6(RWKV6Attention):
     its RWKV "is potentially buggy" is answered by a test against an independent statement of the formulas.
     """
 
+    only_linear = False
+
     def __init__(self, d_model: int, cfg: RWKVConfig, kernels: KernelsConfig) -> None:
         with warnings.catch_warnings(), weights_are_initialised():
             warnings.filterwarnings("ignore", message="According to Bo")

@@ -97,7 +97,10 @@ class Stack:
         self.side = torch.cuda.Stream(self.leaves[0].values.device) if self.leaves[0].values.is_cuda else None
         # Blocks with the same parts run through the first of them, with their own values: one compilation serves all.
         shapes = [tuple((n, p.shape) for n, p in block.named_parameters()) for block in template.blocks]
-        parts = [([Branch(block, name) for name in block.branches], After(block)) for block in template.blocks]
+        branches = [[Branch(block, name, dtype) for name in block.branches] for block in template.blocks]
+        # The precisions in which branches take their input, the full one first.
+        self.forms = sorted({branch.form for some in branches for branch in some}, key=lambda form: -form.itemsize)
+        parts = [(some, After(some[0].block, self.forms)) for some in branches]
         self.blocks = [parts[shapes.index(shape)] for shape in shapes]
 
     @property
@@ -119,13 +122,15 @@ class Stack:
         # The backward of memory-efficient attention does not run under vmap (the other kernels' does).
         kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if self.members > 1 else nullcontext()
         norms = [values[f"blocks.{i}.mix_norm.weight"] for i in range(len(self.blocks))] + [values["norm.weight"]]
-        n = F.rms_norm(x, x.shape[-1:], eps=template.norm.eps) * norms[0][:, None, None]
+        normed = F.rms_norm(x, x.shape[-1:], eps=template.norm.eps) * norms[0][:, None, None]
+        inputs = dict(zip(self.forms, (normed.to(form) for form in self.forms), strict=True))
         with kernels:
             for i, (branches, after) in enumerate(self.blocks):
                 of = {part: {name: values[f"blocks.{i}.{name}"] for name in part.names} for part in (*branches, after)}
-                outputs = self.branch_outputs([(branch, of[branch], n) for branch in branches])
-                x, n = self.run(after, of[after], x, norms[i + 1], *outputs)
-        return torch.einsum("mbtd,mvd->mbtv", n, values["embedding.weight"])
+                outputs = self.branch_outputs([(branch, of[branch], inputs[branch.form]) for branch in branches])
+                x, *normed = self.run(after, of[after], x, norms[i + 1], *outputs)
+                inputs = dict(zip(self.forms, normed, strict=True))
+        return torch.einsum("mbtd,mvd->mbtv", inputs[self.forms[-1]], values["embedding.weight"])
 
     def branch_outputs(self, calls: list[tuple[Branch, dict[str, Tensor], Tensor]]) -> list[Tensor]:
         """What every branch of a block makes of its input [members, B, T, d], with its values."""
@@ -169,11 +174,15 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
 
 
 class Branch(nn.Module):
-    """A branch of a block as a module, and the block's names of its parameters."""
+    """A branch of a block as a module, the block's names of its parameters, and the precision of its input.
 
-    def __init__(self, block: Block, name: str) -> None:
+    What only goes into linear layers, which would cast it to ``dtype``, is cast where it comes from.
+    """
+
+    def __init__(self, block: Block, name: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.block, self.name = block, name
+        self.form = dtype if getattr(block, name).only_linear else torch.float32
         self.names = [path for path, _ in block.named_parameters() if path.split(".")[0] == name]
 
     def forward(self, n: Tensor) -> Tensor:
@@ -181,17 +190,21 @@ class Branch(nn.Module):
 
 
 class After(nn.Module):
-    """What follows the branches of a block, and the norm with which the next block or the head begins."""
+    """What follows the branches of a block, and the norm with which the next block or the head begins.
 
-    def __init__(self, block: Block) -> None:
+    Gives the normed output in every precision of ``forms``.
+    """
+
+    def __init__(self, block: Block, forms: list[torch.dtype]) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.forms = block, forms
         before = (*block.branches, "mix_norm")
         self.names = [path for path, _ in block.named_parameters() if path.split(".")[0] not in before]
 
-    def forward(self, x: Tensor, norm: Tensor, *outputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, norm: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
         x, _ = self.block.after(x, outputs)
-        return x, F.rms_norm(x, x.shape[-1:], norm, self.block.mix_norm.eps)
+        normed = F.rms_norm(x, x.shape[-1:], norm, self.block.mix_norm.eps)
+        return x, *(normed.to(form) for form in self.forms)
 
 
 def run(part: nn.Module, values: dict[str, Tensor], *inputs: Tensor) -> Any:
