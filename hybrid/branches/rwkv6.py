@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid.branches import BranchState
 from hybrid.branches.fla_layers import RWKV6Attention, weights_are_initialised
-from hybrid.kernels import ddlerp_linear, norm_then_gate, wkv6
+from hybrid.kernels import ddlerp_linear, log_decay, norm_then_gate, wkv6
 from hybrid.schema import KernelsConfig, RWKVConfig
 
 
@@ -64,19 +64,19 @@ class RWKV6(RWKV6Attention):
         plain = (self.k_proj, self.v_proj, self.g_proj)
         projections = [layer.weight for layer in (self.r_proj.linear, decay_to_low, *(p.linear for p in plain))]
         r, w, k, v, g = ddlerp_linear(x, delta, low, to_full.weight, self.x_bias, projections, self.backend)
-        # exp(-exp(30)) is zero in any precision; beyond, the log decay would overflow and its differences be NaN.
-        w = -torch.exp(decay_to_full(decay_tanh(w)).float().clamp(max=30.0))
+        w = decay_to_full(decay_tanh(w))
 
         r, k, w = (y.view(B, T, self.num_heads, self.head_k_dim) for y in (r, k, w))
         v = v.view(B, T, self.num_heads, self.head_v_dim)
 
         if self.observer is not None:
-            self.observer({"r": r, "k": k, "v": v, "w": w, "u": self.bonus})
+            self.observer({"r": r, "k": k, "v": v, "w": log_decay(w), "u": self.bonus})
         o, wkv = wkv6(
             r, k, v, w, self.bonus,
             initial_state=None if state is None else state["wkv"],
             backend=self.backend,
             output_final_state=state is not None,
+            raw_decay=True,
         )  # fmt: skip
         norm, heads = self.g_norm, self.num_heads
         o = norm_then_gate(o.reshape(B, T, -1), g, norm.weight, norm.bias, heads, norm.eps, backend=self.backend)

@@ -35,7 +35,7 @@ from hybrid.kernels.conv import conv_torch
 from hybrid.kernels.ddlerp import ddlerp_torch
 from hybrid.kernels.norms import gate_then_norm_torch, norm_then_gate_torch
 from hybrid.kernels.ssd import ssd_torch
-from hybrid.kernels.wkv6 import wkv6_torch
+from hybrid.kernels.wkv6 import log_decay, wkv6_torch
 
 CHUNKED = {"wkv6": "fla", "ssd": "mamba_ssm"}  # kernels for long sequences
 LONGEST = {"wkv6": 16384, "ssd": 16384}  # steps of a call up to which ``triton`` serves where there is a choice
@@ -127,6 +127,7 @@ def wkv6(
     initial_state: Tensor | None = None,
     backend: str = "auto",
     output_final_state: bool = True,
+    raw_decay: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """RWKV-6 time mixing: ``o_t = r_t (S_{t-1} + diag(u) k_t^T v_t)``, ``S_t = diag(exp(w_t)) S_{t-1} + k_t^T v_t``.
 
@@ -137,6 +138,7 @@ def wkv6(
         u: bonus of the current step, [H,K].
         initial_state: [B,H,K,V], zero when absent.
         output_final_state: give the final state as well (otherwise None).
+        raw_decay: w is what RWKV-6's layer computes, any number x, and the log decay ``-exp(x)`` (``log_decay``).
 
     Returns:
         o [B,T,H,V] in v's dtype, and the final state [B,H,K,V] in float32.
@@ -154,7 +156,9 @@ def wkv6(
     if serving == "triton":
         from hybrid.kernels.wkv6_triton import wkv6_triton
 
-        return wkv6_triton(r, k, v, w, u, initial_state, output_final_state)
+        return wkv6_triton(r, k, v, w, u, initial_state, output_final_state, raw_decay)
+    if raw_decay:
+        w = log_decay(w)
     if serving == "fla":
         from hybrid.kernels.wkv6_fla import wkv6_fla
 

@@ -30,6 +30,9 @@ import triton
 import triton.language as tl
 
 from hybrid.kernels.tiles import LOWEST, load, store
+from hybrid.kernels.wkv6 import HIGHEST_RAW_DECAY
+
+HIGHEST = tl.constexpr(HIGHEST_RAW_DECAY)
 
 
 @triton.jit
@@ -57,7 +60,17 @@ def _neighbours(C: tl.constexpr):
 
 
 @triton.jit
-def _read(a_ptr, b_ptr, w_ptr, first, stop, a_step, b_step, w_step, width, V, BACK: tl.constexpr,
+def _log_decays(w_ptr, first, stop, w_step, width, RAW: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr):
+    """w [STEPS,BK], at least ``LOWEST`` and zero beyond the end; of ``RAW`` numbers x it is -exp(x)."""
+    w = load(w_ptr, first, stop, w_step, width, STEPS, BK).to(tl.float32)
+    if RAW:
+        here = first + tl.arange(0, STEPS) < stop
+        w = tl.where(here[:, None], -tl.exp(tl.minimum(w, HIGHEST)), 0.0)
+    return tl.maximum(w, LOWEST)
+
+
+@triton.jit
+def _read(a_ptr, b_ptr, w_ptr, first, stop, a_step, b_step, w_step, width, V, BACK: tl.constexpr, RAW: tl.constexpr,
           PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """What the steps from ``first``, before ``stop``, leave of a state [BK] and add to it; a are keys, b values.
 
@@ -65,7 +78,7 @@ def _read(a_ptr, b_ptr, w_ptr, first, stop, a_step, b_step, w_step, width, V, BA
     gradients of outputs.
     """
     a = load(a_ptr, first, stop, a_step, width, STEPS, BK).to(tl.float32)
-    w = tl.maximum(load(w_ptr, first, stop, w_step, width, STEPS, BK).to(tl.float32), LOWEST)
+    w = _log_decays(w_ptr, first, stop, w_step, width, RAW, STEPS, BK)
     b = load(b_ptr, first, stop, b_step, V, STEPS, BV).to(tl.float32)
     faded = a * tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=not BACK) - w, 0.0))
     return tl.exp(tl.sum(w, 0)), tl.dot(tl.trans(faded), b, input_precision=PRECISION)
@@ -76,6 +89,7 @@ def wkv6_parts_kernel(
     a_ptr, b_ptr, w_ptr, states_ptr, left_ptr, T, H, K, V, parts,
     a_batch, a_step, b_batch, b_step, w_batch, w_step,
     PRECISION: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BACK: tl.constexpr,
+    RAW: tl.constexpr,
 ):  # fmt: skip
     """What each ``STEPS`` steps leave of a state and add to it, as ``carry`` takes it; a and b are as in ``_read``."""
     head = tl.program_id(0)
@@ -88,8 +102,8 @@ def wkv6_parts_kernel(
     a_ptr += sequence * a_batch + h * K + k0
     w_ptr += sequence * w_batch + h * K + k0
     b_ptr += sequence * b_batch + h * V
-    left, added = _read(a_ptr, b_ptr, w_ptr, n * STEPS, T, a_step, b_step, w_step, width, V, BACK, PRECISION, STEPS,
-                        BK, BV)  # fmt: skip
+    left, added = _read(a_ptr, b_ptr, w_ptr, n * STEPS, T, a_step, b_step, w_step, width, V, BACK, RAW, PRECISION,
+                        STEPS, BK, BV)  # fmt: skip
     before = head.to(tl.int64) * parts
     channel = tl.arange(0, BK)
     tl.store(left_ptr + (before + n) * K + k0 + channel, left, mask=channel < width)
@@ -116,11 +130,11 @@ def _place(r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, H, K, V, u_model, sequences_per_u,
 
 @triton.jit
 def _chunk(r_ptr, k_ptr, v_ptr, w_ptr, first, T, V, width, r_step, k_step, v_step, w_step,
-           C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+           RAW: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """The chunk's r, k, v and w, the decays to each step from the chunk's start and from it to the end, and of all."""
     r = load(r_ptr, first, T, r_step, width, C, BK).to(tl.float32)
     k = load(k_ptr, first, T, k_step, width, C, BK).to(tl.float32)
-    w = tl.maximum(load(w_ptr, first, T, w_step, width, C, BK).to(tl.float32), LOWEST)
+    w = _log_decays(w_ptr, first, T, w_step, width, RAW, C, BK)
     v = load(v_ptr, first, T, v_step, V, C, BV).to(tl.float32)
     entering = tl.exp(tl.minimum(tl.cumsum(w, 0) - w, 0.0))
     leaving = tl.exp(tl.minimum(tl.cumsum(w, 0, reverse=True) - w, 0.0))
@@ -134,6 +148,7 @@ def wkv6_forward_kernel(
     r_batch, r_step, k_batch, k_step, v_batch, v_step, w_batch, w_step,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
     PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, SAVE: tl.constexpr, GIVEN: tl.constexpr,
+    RAW: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     b, h, k0, width, r_ptr, k_ptr, v_ptr, w_ptr, u = _place(
@@ -152,7 +167,7 @@ def wkv6_forward_kernel(
         if INITIAL:
             state += load(initial_ptr + state_at, 0, width, V, V, BK, BV).to(tl.float32)
         for first in range(0, start * C, AHEAD):  # what came before this program's chunks
-            left, added = _read(k_ptr, v_ptr, w_ptr, first, start * C, k_step, v_step, w_step, width, V, False,
+            left, added = _read(k_ptr, v_ptr, w_ptr, first, start * C, k_step, v_step, w_step, width, V, False, RAW,
                                 PRECISION, AHEAD, BK, BV)  # fmt: skip
             state = state * left[:, None] + added
 
@@ -161,7 +176,7 @@ def wkv6_forward_kernel(
     for n in range(start, stop):
         first = n * C
         r, k, v, w, entering, leaving, total = _chunk(
-            r_ptr, k_ptr, v_ptr, w_ptr, first, T, V, width, r_step, k_step, v_step, w_step, C, BK, BV
+            r_ptr, k_ptr, v_ptr, w_ptr, first, T, V, width, r_step, k_step, v_step, w_step, RAW, C, BK, BV
         )
         if SAVE:
             at = (head.to(tl.int64) * chunks + n) * K * V + k0 * V
@@ -187,7 +202,7 @@ def wkv6_backward_kernel(
     T, H, K, V, u_model, sequences_per_u, chunks, chunks_per_program, dv_part,
     r_batch, r_step, k_batch, k_step, v_batch, v_step, w_batch, w_step, do_batch, do_step,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, GIVEN: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     b, h, k0, width, r_ptr, k_ptr, v_ptr, w_ptr, u = _place(
@@ -211,7 +226,7 @@ def wkv6_backward_kernel(
         blocks = tl.cdiv(tl.maximum(T - stop * C, 0), AHEAD)
         for m in range(0, blocks):  # what comes after this program's chunks, from the end
             first = stop * C + (blocks - 1 - m) * AHEAD
-            left, added = _read(r_ptr, do_ptr, w_ptr, first, T, r_step, do_step, w_step, width, V, True,
+            left, added = _read(r_ptr, do_ptr, w_ptr, first, T, r_step, do_step, w_step, width, V, True, RAW,
                                 PRECISION, AHEAD, BK, BV)  # fmt: skip
             dstate = dstate * left[:, None] + added
 
@@ -222,7 +237,7 @@ def wkv6_backward_kernel(
         n = stop - 1 - m
         first = n * C
         r, k, v, w, entering, leaving, total = _chunk(
-            r_ptr, k_ptr, v_ptr, w_ptr, first, T, V, width, r_step, k_step, v_step, w_step, C, BK, BV
+            r_ptr, k_ptr, v_ptr, w_ptr, first, T, V, width, r_step, k_step, v_step, w_step, RAW, C, BK, BV
         )
         do = load(do_ptr, first, T, do_step, V, C, BV).to(tl.float32)
         at = (head.to(tl.int64) * chunks + n) * K * V + k0 * V
@@ -257,13 +272,13 @@ def wkv6_backward_kernel(
         dpairs = tl.where(neighbours, dscores, 0.0)
         dr += tl.dot(dpairs, k, input_precision=PRECISION)
         dk += tl.dot(tl.trans(dpairs), r, input_precision=PRECISION)
+        # Where nothing is kept there is no gradient, nor may rounding be one: the step's input can be huge.
+        dw = tl.where(w > LOWEST, dw * w if RAW else dw, 0.0)
+        store(dw_ptr + out, dw, first, T, H * K, width, C, BK)
         dv = tl.dot(tl.trans(scores), do, input_precision=PRECISION)
         dv += tl.dot(k * leaving, dstate, input_precision=PRECISION)
-        # Where nothing is kept there is no gradient, nor may rounding be one: the step's input can be huge.
-        dw = tl.where(w > LOWEST, dw, 0.0)
         store(dr_ptr + out, dr, first, T, H * K, width, C, BK)
         store(dk_ptr + out, dk, first, T, H * K, width, C, BK)
-        store(dw_ptr + out, dw, first, T, H * K, width, C, BK)
         store(dv_ptr, dv, first, T, H * V, V, C, BV)
         dstate = dstate * total[:, None] + tl.dot(tl.trans(r * entering), do, input_precision=PRECISION)
 

@@ -64,7 +64,15 @@ def _between(
 
 @operator("wkv6_triton")
 def _forward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, final: bool, save: bool
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    initial_state: Tensor | None,
+    final: bool,
+    save: bool,
+    raw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, K = r.shape
     V = v.shape[-1]
@@ -77,7 +85,7 @@ def _forward(
     r, k, v, w = (with_dense_heads(x) for x in (r, k, v, w))
     u = with_dense_models(u)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
+    tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V), "RAW": raw}
     with torch.cuda.device_of(r):
         starts = _between(k, v, w, initial_state, programs, launch, tiles, back=False) if launch.between else None
         wkv6_forward_kernel[B * H, programs, parts](
@@ -91,7 +99,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(r, k, v, w, u, initial_state, final, save):
+def _(r, k, v, w, u, initial_state, final, save, raw):
     B, T, H, K = r.shape
     V = v.shape[-1]
     chunks = (T + CHUNK - 1) // CHUNK
@@ -102,7 +110,7 @@ def _(r, k, v, w, u, initial_state, final, save):
 @operator("wkv6_triton_backward")
 def _backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, borders: Tensor, do: Tensor, dfinal: Tensor | None,
-    initial: bool,
+    initial: bool, raw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients; that of u still as one [B,programs,H,K] a program, so that a compiler can fuse their sum."""
     B, T, H, K = r.shape
@@ -117,7 +125,7 @@ def _backward(
     dfinal = None if dfinal is None else dfinal.contiguous()
     r, k, v, w, do = (with_dense_heads(x) for x in (r, k, v, w, do))
     u, borders = with_dense_models(u), borders.contiguous()
-    tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V)}
+    tiles = {"PRECISION": precision(r, k, v), "BK": launch.block_k, "BV": power_of_two(V), "RAW": raw}
     with torch.cuda.device_of(r):
         ends = _between(r, do, w, dfinal, programs, launch, tiles, back=True) if launch.between else None
         wkv6_backward_kernel[B * H, programs, parts](
@@ -131,7 +139,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(r, k, v, w, u, borders, do, dfinal, initial):
+def _(r, k, v, w, u, borders, do, dfinal, initial, raw):
     B, T, H, K = r.shape
     launch = choose(B, T, H, K, v.shape[3], backward=True)
     programs = triton.cdiv(triton.cdiv(T, CHUNK), launch.chunks_per_program)
@@ -141,19 +149,19 @@ def _(r, k, v, w, u, borders, do, dfinal, initial):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, final, _ = inputs
+    *tensors, initial_state, final, _, raw = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.initial, ctx.final = initial_state is not None, final
+    ctx.initial, ctx.final, ctx.raw = initial_state is not None, final, raw
 
 
 def _autograd(ctx, do, dfinal, _dborders):
     *inputs, borders = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(inputs[2])
-    *grads, du, dinitial = _backward(*inputs, borders, do, dfinal if ctx.final else None, ctx.initial)
+    *grads, du, dinitial = _backward(*inputs, borders, do, dfinal if ctx.final else None, ctx.initial, ctx.raw)
     u = inputs[4]
     du = du.view(u.shape[0], -1, *u.shape[1:]).sum(1).to(u.dtype)
-    return (*grads, du, dinitial if ctx.initial else None, None, None)
+    return (*grads, du, dinitial if ctx.initial else None, None, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -162,11 +170,12 @@ register_seeds(_backward)
 
 
 def wkv6_triton(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, output_final_state: bool
-) -> tuple[Tensor, Tensor | None]:
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, output_final_state: bool,
+    raw_decay: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """As ``hybrid.kernels.wkv6``; inputs in any of float32, bfloat16 and float16, products in TF32 for the last two."""
     check_dtypes("wkv6", r, k, v, w, u)
     initial_state = None if initial_state is None else initial_state.float()
     # One set of bonuses for the whole batch; stacked models (vmap) have several.
-    o, state, _ = _forward(r, k, v, w, u[None], initial_state, output_final_state, torch.is_grad_enabled())
+    o, state, _ = _forward(r, k, v, w, u[None], initial_state, output_final_state, torch.is_grad_enabled(), raw_decay)
     return o, state if output_final_state else None

@@ -22,6 +22,11 @@ def wkv6_reference(
     return torch.stack(outputs, dim=1), S
 
 
+def wkv6_of_raw_decays(w: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """``wkv6_reference`` where w are the numbers whose exponential is the log decay, but for its sign."""
+    return wkv6_reference(w=-torch.exp(w.clamp(max=30.0)), **inputs)
+
+
 def ssd_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

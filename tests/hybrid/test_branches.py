@@ -174,12 +174,13 @@ def assert_all_matter(branch: RWKV6 | Mamba2, parts: dict[str, Tensor]) -> None:
 
 
 def kernel_inputs(branch: RWKV6, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """What the branch hands to the recurrence: r, k, v and the log decay w, each [B,T,H,*]."""
+    """What the branch hands to the recurrence: r, k, v and, of the numbers for it, the log decay w, each [B,T,H,*]."""
     caught = {}
     kernel = hybrid.branches.rwkv6.wkv6
 
     def spy(r: Tensor, k: Tensor, v: Tensor, w: Tensor, *args: object, **kwargs: object) -> tuple:
-        caught.update(r=r, k=k, v=v, w=w)
+        assert kwargs["raw_decay"]
+        caught.update(r=r, k=k, v=v, w=-torch.exp(w))
         return kernel(r, k, v, w, *args, **kwargs)
 
     with monkeypatch.context() as patch, torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hybrid import kernels
-from tests.hybrid.recurrences import ssd_reference, wkv6_reference
+from tests.hybrid.recurrences import ssd_reference, wkv6_of_raw_decays, wkv6_reference
 
 # Largest relative error ||a - b|| / ||b||. CPU: float32 arithmetic. CUDA: Triton multiplies float32 in TF32 (about
 # three digits) and bfloat16 with eight bits of mantissa.
@@ -139,6 +139,16 @@ def test_wkv6(case: str, device: str, dtype: str, backend: str) -> None:
         # FLA forms dw from sums of r*dr - k*dk. Here those cancel to e^-20 of their size, so what is left in low
         # precision is their rounding: it is held against the size of the terms, not of what they cancel to.
         errors["dw"] *= (exact["w"].grad.norm() / (exact["k"] * exact["k"].grad).norm()).item()
+    report("wkv6", case, device, dtype, backend, errors)
+
+
+@pytest.mark.parametrize("case", ["one step", "odd length", "slow"])
+@pytest.mark.parametrize("device, dtype, backend", DEVICES)
+def test_wkv6_of_raw_decays(case: str, device: str, dtype: str, backend: str) -> None:
+    inputs = wkv6_inputs(WKV6[case], torch.Generator().manual_seed(0))
+    inputs["w"] = inputs["w"].neg().log()
+    function = functools.partial(with_backend("wkv6", backend), raw_decay=True)
+    errors, _ = compare(function, wkv6_of_raw_decays, inputs, device, dtype, low={"r", "k", "v", "w"})
     report("wkv6", case, device, dtype, backend, errors)
 
 

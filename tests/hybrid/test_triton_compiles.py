@@ -32,12 +32,12 @@ HALF |= {f"{name}{k}" for name in ("y", "dy") for k in range(5)}
 LOW = {"low", "dlow", "weight", "shifted", "ds", *(f"p{k}" for k in range(5))}
 NUMBERS = {"weight_decay", "beta2", "log_beta1", "log_beta2", "one_minus_beta1", "one_minus_beta2", "eps", "max_norm"}
 NUMBERS |= {"norm_eps"}
-WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32", "GIVEN": False}
+WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32", "GIVEN": False, "RAW": True}
 SSD = {"L": 64, "BP": 64, "BN": 128}
 DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
 LINEAR = {**DDLERP, "STEPS": 16, "BO": 128, "TURNED": True, "ALIGNED": True}
 AHEAD = {"num_warps": 4, "num_stages": 3}
-PARTS = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32}
+PARTS = {"PRECISION": "tf32", "STEPS": 64, "BK": 16, "BV": 32, "RAW": True}
 ENDS = {"BN": 64, "OUTER": True, "LAST": True, "LEFT": False}
 CARRY = {"OUTER": True, "LAST": True, "PARTS": 8, "NUMBERS": 256}
 ALONE = {"INITIAL": False, "FINAL": False}
@@ -63,7 +63,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
         wkv6_programs.wkv6_backward_kernel, {**WKV6, **WITH_STATE, "GIVEN": True}, set(), {"num_warps": 1, **FLAT}
     ),
     "wkv6 backward, float32, wide": (
-        wkv6_programs.wkv6_backward_kernel, {**WKV6, **WITH_STATE, "PRECISION": "tf32x3", "BK": 32, "BV": 64}, {"ends"},
+        wkv6_programs.wkv6_backward_kernel,
+        {**WKV6, **WITH_STATE, "PRECISION": "tf32x3", "BK": 32, "BV": 64, "RAW": False}, {"ends"},
         {"num_warps": 4, **FLAT},
     ),
     "wkv6 parts back": (wkv6_programs.wkv6_parts_kernel, {**PARTS, "BACK": True}, set(), {"num_warps": 2}),

@@ -7,6 +7,7 @@ so low precision is tried with float16 here; the GPU tests in ``test_kernels.py`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from hybrid import kernels  # noqa: E402
 from hybrid.kernels import norms_triton, ssd_triton, wkv6_triton  # noqa: E402
 from hybrid.kernels.carry import carry  # noqa: E402
 from tests.hybrid import test_norms  # noqa: E402
-from tests.hybrid.recurrences import ssd_reference, with_gaps, wkv6_reference  # noqa: E402
+from tests.hybrid.recurrences import ssd_reference, with_gaps, wkv6_of_raw_decays, wkv6_reference  # noqa: E402
 from tests.hybrid.test_kernels import compare, relative_error, ssd_inputs, wkv6_inputs  # noqa: E402
 
 # As in test_kernels: B, T, H, K, V, decay range, initial state
@@ -78,6 +79,20 @@ def test_against_the_reference(op: str, case: str, dtype: str) -> None:
     strong = case in ("extreme", "all e^-20") and dtype == "float32"
     too_large = {name: e for name, e in errors.items() if not e <= (EXTREME if strong else TOLERANCE[dtype])}
     assert not too_large
+
+
+@pytest.mark.parametrize(
+    "case", ["one step", "several programs a sequence", "long sequences, channels in two programs"]
+)
+def test_raw_decays(case: str) -> None:
+    """Some of them so large that a step forgets all; the last tile of steps is not full."""
+    inputs = wkv6_inputs(WKV6[case], torch.Generator().manual_seed(0))
+    inputs["w"] = inputs["w"].neg().log()
+    inputs["w"][:, 7:9] = 40.0
+    function = functools.partial(kernels.wkv6, backend="triton", raw_decay=True)
+    errors, exact = compare(function, wkv6_of_raw_decays, inputs, "cpu", "float32", {"r", "k", "v", "w"})
+    assert all(error <= TOLERANCE["float32"] for error in errors.values()), errors
+    assert not exact["w"].grad[:, 7:9].any()
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -289,14 +304,14 @@ def test_operators_keep_their_promises(op: str) -> None:
     made = OPS[op][2]((1, 3, *SMALL[op][2:]), torch.Generator().manual_seed(8))
     inputs = {name: x.float().requires_grad_() for name, x in made.items()}
     inputs |= {name: inputs[name].detach()[None].requires_grad_() for name in ("u", "A", "D") if name in inputs}
-    module, save = (wkv6_triton, [True]) if op == "wkv6" else (ssd_triton, [])
+    module, more = (wkv6_triton, [True, True]) if op == "wkv6" else (ssd_triton, [])
     for final, state in ((True, True), (False, False)):
         args = [x if state or name != "initial_state" else None for name, x in inputs.items()]
-        torch.library.opcheck(module._forward, (*args, final, *save))
+        torch.library.opcheck(module._forward, (*args, final, *more))
     detached = {name: x.detach() for name, x in inputs.items()}
     initial = detached.pop("initial_state")
-    out, last, borders = module._forward(*detached.values(), initial, True, *save)
-    named = detached | {"borders": borders, "initial": True}
+    out, last, borders = module._forward(*detached.values(), initial, True, *more)
+    named = detached | {"borders": borders, "initial": True, "raw": True}
     named |= {"do": torch.ones_like(out), "dfinal": last, "dy": torch.ones_like(out)}
     order = [name for name in inspect.signature(module._backward._init_fn).parameters]
     torch.library.opcheck(
