@@ -18,9 +18,9 @@ import torch
 assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 has to be set before Triton is imported"
 
 from hybrid import kernels  # noqa: E402
-from hybrid.kernels import norms_triton, ssd_triton, wkv6_triton  # noqa: E402
+from hybrid.kernels import ddlerp_linear_triton, norms_triton, ssd_triton, wkv6_triton  # noqa: E402
 from hybrid.kernels.carry import carry  # noqa: E402
-from tests.hybrid import test_norms  # noqa: E402
+from tests.hybrid import test_ddlerp, test_norms  # noqa: E402
 from tests.hybrid.recurrences import ssd_reference, with_gaps, wkv6_of_raw_decays, wkv6_reference  # noqa: E402
 from tests.hybrid.test_kernels import compare, relative_error, ssd_inputs, wkv6_inputs  # noqa: E402
 
@@ -316,6 +316,19 @@ def test_operators_keep_their_promises(op: str) -> None:
     order = [name for name in inspect.signature(module._backward._init_fn).parameters]
     torch.library.opcheck(
         module._backward, [named[name] for name in order], test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_operators_of_the_token_shift_keep_their_promises() -> None:
+    values, shares = test_ddlerp.inputs((2, 5, 16, 16), "float32", "cpu", models=1)
+    args = [x.requires_grad_() if i < 3 else x[None].requires_grad_() for i, x in enumerate(values)]
+    torch.library.opcheck(ddlerp_linear_triton._forward, args)
+    _, *rest = (x.detach() for x in args)
+    shifted = torch.randn(2, 5, 5 * 16)
+    torch.library.opcheck(
+        ddlerp_linear_triton._backward,
+        [*rest[:4], shifted, *rest[4:], *shares],
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 
