@@ -22,7 +22,7 @@ WHOLE = "profiled steps"  # the annotation around them
 # The first that is found in a kernel's name decides.
 KERNELS = (
     (ATTENTION, r"flash|fmha|attention"),
-    (MATMUL, r"^triton_tem|^triton_mm|gemm|cutlass|nvjet|xmma|gemv|splitk|cublas"),
+    (MATMUL, r"^triton_tem|^triton_mm|gemm|cutlass|nvjet|xmma|gemv|splitk|cublas|^_ddlerp_linear_(for|back)ward"),
     (FUSED, r"^triton_(poi|red|per|for)|^_conv_|^_ddlerp_"),
     (RWKV, r"wkv6|rwkv|chunk_gla"),
     (SSD, r"ssd|chunk_scan|chunk_state|state_passing|bmm_chunk|chunk_cumsum"),

@@ -27,6 +27,8 @@ def shares(trace: list[dict[str, Any]]) -> dict[str, tuple[float, int]]:
         ("wkv6_parts_kernel", "rwkv recurrence"),
         ("carry_kernel", "rwkv or ssd recurrence"),
         ("_conv_backward_kernel", "elementwise, reduction"),
+        ("_ddlerp_linear_backward_kernel", "matmul"),
+        ("_ddlerp_linear_mixed_kernel", "elementwise, reduction"),
         ("_gated_norm_backward_kernel", "elementwise, reduction"),
         ("chunk_rwkv6_bwd_kernel_dh", "rwkv recurrence"),
         ("ssd_backward_kernel", "ssd recurrence"),

@@ -16,7 +16,7 @@ from hybrid.progress import RunProgress
 from hybrid.records import RunFolder
 from hybrid.training.loop import Interrupted, Trainer
 from hybrid.training.member import Member
-from hybrid.training.stack import SMALL_VOCABULARY, Stack, embed
+from hybrid.training.stack import SMALL_VOCABULARY, After, Branch, Stack, embed
 from hybrid.training.step import StackStep, build_step
 from tests.hybrid.trainers import model_of, stir
 from tests.runs import Setting, rows, weights
@@ -92,6 +92,32 @@ def test_matrices_in_lower_precision_lie_as_their_gradients_come(small: Setting,
         expected[k].float().square().mean().backward()
         for name in turned:
             assert closeness(found[name][k], model.get_parameter(name).grad) < 0.1, name
+
+
+@pytest.mark.parametrize(
+    "pattern, dtype, wanted",
+    [
+        ("P A R", torch.bfloat16, {"rwkv": torch.float32, "mamba": torch.bfloat16, "attention": torch.bfloat16}),
+        ("M A", torch.bfloat16, {"mamba": torch.bfloat16, "attention": torch.bfloat16}),
+        ("P", torch.float32, {"rwkv": torch.float32, "mamba": torch.float32}),
+    ],
+)
+def test_inputs_of_linear_layers_alone_are_cast_where_they_come_from(
+    small: Setting, pattern: str, dtype: torch.dtype, wanted: dict[str, torch.dtype]
+) -> None:
+    """Once for all branches of a block, in the kernel that makes them."""
+    stack = Stack([model_of(small, f"model.pattern={pattern}", "fusion=gain")], dtype, compiled=False)
+    run, seen = stack.run, {}
+
+    def watched(part: Branch | After, values: dict[str, Tensor], *inputs: Tensor) -> Any:
+        if isinstance(part, Branch):
+            assert seen.setdefault(part.name, inputs[0].dtype) == inputs[0].dtype
+        return run(part, values, *inputs)
+
+    stack.run = watched
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        stack.forward(torch.zeros(1, 2, 5, dtype=torch.int64))
+    assert seen == wanted
 
 
 @pytest.mark.parametrize("vocabulary", [SMALL_VOCABULARY, SMALL_VOCABULARY + 1])
