@@ -14,8 +14,8 @@ from hybrid.sizes import count_params, ffn_hidden, vocab_size
 
 ADAMW = 4 * (4 + 3)  # bytes a parameter: four float32 read, three written
 FORMULA = (
-    "2 (write, read) x bytes of the activations that backward needs (tokens x numbers a token x 4 or 2 bytes; decays "
-    "and step sizes 4) + parameters x (28 AdamW + 4 gradient + 2 reads in the compute type, with bfloat16 one cast)"
+    "2 (write, read) x bytes of the activations that backward needs (tokens x numbers a token x 4 or 2 bytes; step "
+    "sizes 4) + parameters x (28 AdamW + 4 gradient + 2 reads in the compute type, with bfloat16 one cast)"
 )
 
 
@@ -27,8 +27,8 @@ def activation_bytes_per_token(cfg: Config) -> int:
     key, value, inner = d * rwkv.expand_k, d * rwkv.expand_v, mamba.expand * d
     conv = inner + 2 * mamba.n_groups * mamba.state_size
     size = {
-        # Five shifted inputs and their low-rank mix, r and k, v and gate, o, gated o, output; the decay in float32.
-        "rwkv": low * (5 * d + 5 * rwkv.shift_low_rank + rwkv.decay_low_rank + 2 * key + 4 * value + d) + 4 * key,
+        # Five shifted inputs and their low-rank mix, r, k and decay, v and gate, o, gated o, output.
+        "rwkv": low * (5 * d + 5 * rwkv.shift_low_rank + rwkv.decay_low_rank + 3 * key + 4 * value + d),
         # z, channels before and after the convolution, y, gated y, output; the step sizes in float32.
         "mamba": low * (3 * inner + 2 * conv + d) + 4 * inner // mamba.head_dim,
         "attention": low * 5 * d,  # q, k, v, attended, output
