@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 32  # steps a chunk
-# exp(-exp(30)) is zero in any precision; beyond, the log decay would overflow and its differences be NaN.
-HIGHEST_RAW_DECAY = 30.0
 
 
 def log_decay(x: Tensor) -> Tensor:
     """The log decay ``-exp(x)`` in float32 of what RWKV-6's layer computes for it."""
-    return -torch.exp(x.float().clamp(max=HIGHEST_RAW_DECAY))
+    # exp(-exp(30)) is zero in any precision; beyond, the log decay would overflow and its differences be NaN.
+    return -torch.exp(x.float().clamp(max=30.0))
 
 
 def wkv6_torch(

@@ -30,9 +30,6 @@ import triton
 import triton.language as tl
 
 from hybrid.kernels.tiles import LOWEST, load, store
-from hybrid.kernels.wkv6 import HIGHEST_RAW_DECAY
-
-HIGHEST = tl.constexpr(HIGHEST_RAW_DECAY)
 
 
 @triton.jit
@@ -65,7 +62,7 @@ def _log_decays(w_ptr, first, stop, w_step, width, RAW: tl.constexpr, STEPS: tl.
     w = load(w_ptr, first, stop, w_step, width, STEPS, BK).to(tl.float32)
     if RAW:
         here = first + tl.arange(0, STEPS) < stop
-        w = tl.where(here[:, None], -tl.exp(tl.minimum(w, HIGHEST)), 0.0)
+        w = tl.where(here[:, None], -tl.exp(w), 0.0)
     return tl.maximum(w, LOWEST)
 
 

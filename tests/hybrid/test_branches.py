@@ -189,6 +189,13 @@ def kernel_inputs(branch: RWKV6, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> 
     return caught
 
 
+def test_observers_of_rwkv6_see_log_decays(monkeypatch: pytest.MonkeyPatch) -> None:
+    branch, seen = rwkv_branch(), {}
+    branch.observer = seen.update
+    handed = kernel_inputs(branch, noise(2, 9, 128), monkeypatch)
+    assert all(torch.equal(seen[name], x) for name, x in handed.items()) and torch.equal(seen["u"], branch.bonus)
+
+
 def test_rwkv6_decay_depends_on_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     branch = rwkv_branch()
     w = kernel_inputs(branch, noise(2, 50, 128), monkeypatch)["w"].flatten(0, 1).flatten(1)  # [B*T, channels]

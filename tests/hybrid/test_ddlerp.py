@@ -100,6 +100,44 @@ def test_projections_that_lie_column_by_column(device: str, dtype: str, toleranc
 
 
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
+def test_projections_of_which_one_lies_otherwise(device: str, dtype: str, tolerance: float) -> None:
+    values, shares = inputs((2, 20, 64, 16), dtype, device, turned=True)
+    values[6] = values[6].contiguous()
+    held_against(values, shares, device, tolerance)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels serve in Triton's interpreter alone")
+@pytest.mark.parametrize("width, outputs, together", [(128, 128, True), (144, 32, False), (64, 144, False)])
+def test_what_is_one_kernel_with_the_projections(
+    width: int, outputs: int, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybrid.kernels import ddlerp_linear_triton, ddlerp_triton
+
+    served = []
+    for module, name in ((ddlerp_linear_triton, "ddlerp_linear_triton"), (ddlerp_triton, "ddlerp_triton")):
+        serve = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=serve, n=name: served.append(n) or f(*args))
+    values, _ = inputs((1, 3, width, 16), "float32", "cpu")
+    values[7] = torch.randn(outputs, width)
+    assert [y.shape[-1] for y in computed(values, "cpu")] == [p.shape[0] for p in values[5:]]
+    assert served == ["ddlerp_linear_triton" if together else "ddlerp_triton"]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels serve in Triton's interpreter alone")
+def test_lower_precision_is_that_of_the_low_rank_activations() -> None:
+    """As autocast makes them: the residual stream and weights in float32. Gradients are in their inputs' precision."""
+    values, shares = inputs((2, 20, 16, 16), "float32", "cpu")
+    values[2] = values[2].half()
+    leaves = [t.requires_grad_() for t in values]
+    ys = computed(leaves, "cpu")
+    assert all(y.dtype == torch.float16 for y in ys)
+    found = torch.autograd.grad(summed(ys, shares), leaves)
+    shares = [share.half() for share in shares]
+    for leaf, one, wanted in zip(leaves, found, expected(values, shares)[MIXES:], strict=True):
+        assert one.dtype == leaf.dtype and relative_error(one, wanted) < 3e-3
+
+
+@pytest.mark.parametrize("device, dtype, tolerance", DEVICES)
 def test_one_output_alone(device: str, dtype: str, tolerance: float) -> None:
     values, shares = inputs((2, 20, 16, 16), dtype, device)
     leaves = [t.detach().requires_grad_() for t in values]

@@ -152,6 +152,12 @@ def test_wkv6_of_raw_decays(case: str, device: str, dtype: str, backend: str) ->
     report("wkv6", case, device, dtype, backend, errors)
 
 
+def test_log_decays_of_low_precision_are_float32() -> None:
+    x = torch.tensor([-3.0, 0.3, 3.0], dtype=torch.bfloat16)
+    torch.testing.assert_close(kernels.log_decay(x), -x.double().exp().float(), rtol=1e-6, atol=0)
+    assert kernels.log_decay(torch.tensor(1e4)).isfinite()
+
+
 @pytest.mark.parametrize("case", SSD)
 @pytest.mark.parametrize("device, dtype, backend", DEVICES)
 def test_ssd(case: str, device: str, dtype: str, backend: str) -> None:

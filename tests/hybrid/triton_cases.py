@@ -18,9 +18,9 @@ import torch
 assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 has to be set before Triton is imported"
 
 from hybrid import kernels  # noqa: E402
-from hybrid.kernels import ddlerp_linear_triton, norms_triton, ssd_triton, wkv6_triton  # noqa: E402
+from hybrid.kernels import conv_triton, ddlerp_linear_triton, norms_triton, ssd_triton, wkv6_triton  # noqa: E402
 from hybrid.kernels.carry import carry  # noqa: E402
-from tests.hybrid import test_ddlerp, test_norms  # noqa: E402
+from tests.hybrid import test_conv, test_ddlerp, test_norms  # noqa: E402
 from tests.hybrid.recurrences import ssd_reference, with_gaps, wkv6_of_raw_decays, wkv6_reference  # noqa: E402
 from tests.hybrid.test_kernels import compare, relative_error, ssd_inputs, wkv6_inputs  # noqa: E402
 
@@ -92,7 +92,9 @@ def test_raw_decays(case: str) -> None:
     function = functools.partial(kernels.wkv6, backend="triton", raw_decay=True)
     errors, exact = compare(function, wkv6_of_raw_decays, inputs, "cpu", "float32", {"r", "k", "v", "w"})
     assert all(error <= TOLERANCE["float32"] for error in errors.values()), errors
-    assert not exact["w"].grad[:, 7:9].any()
+    inputs = {name: x.float().requires_grad_() for name, x in inputs.items()}
+    sum(x.sum() for x in function(**inputs)).backward()
+    assert not exact["w"].grad[:, 7:9].any() and not inputs["w"].grad[:, 7:9].any()
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -330,6 +332,14 @@ def test_operators_of_the_token_shift_keep_their_promises() -> None:
         [*rest[:4], shifted, *rest[4:], *shares],
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_operators_of_the_convolution_keep_their_promises() -> None:
+    x, weight, bias, share = test_conv.inputs((2, 21, 20, 4), "float32", "cpu")
+    args = [x.requires_grad_(), *(t[None].requires_grad_() for t in (weight, bias))]
+    torch.library.opcheck(conv_triton._forward, args)
+    backward = [*(t.detach() for t in args), share]
+    torch.library.opcheck(conv_triton._backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("kind", test_norms.KINDS)
