@@ -55,11 +55,13 @@ def serving_kernels(cfg: Config) -> dict[str, str]:
     """What serves each operator of a configuration that ``resolve_device`` has seen."""
     kernels, device_type = cfg.kernels, cfg.trainer.device.partition(":")[0]
     d, rwkv, mamba = cfg.model.d_model, cfg.model.rwkv, cfg.model.mamba
+    outputs = max(round(d * rwkv.expand_k), round(d * rwkv.expand_v), rwkv.decay_low_rank)
+    dtype = getattr(torch, cfg.trainer.dtype)
     return {
         "wkv6": kernels.wkv6,
         "ssd": kernels.ssd,
         "conv": conv_backend(kernels.ssd, device_type, mamba.conv_kernel),
-        "ddlerp": ddlerp_backend(kernels.wkv6, device_type, d, rwkv.shift_low_rank),
+        "ddlerp": ddlerp_backend(kernels.wkv6, device_type, d, rwkv.shift_low_rank, outputs, dtype),
         "wkv6_norm": norm_backend("wkv6", kernels.wkv6, device_type, round(d * rwkv.expand_v) // rwkv.num_heads),
         "ssd_norm": norm_backend("ssd", kernels.ssd, device_type, mamba.expand * d // mamba.n_groups),
     }

@@ -43,7 +43,7 @@ LARGEST_V = 128  # value channels of a head that the fused wkv6 kernels hold
 LARGEST_STATE = 64 * 256  # state channels of a head, P N, each rounded up to a power of two, for the fused ssd kernels
 LONGEST_FILTER = 4  # weights a channel of a convolution that its kernels hold
 MIXES = 5  # of a token shift: for r, w, k, v and g
-WIDEST_FUSED = 128  # channels of a token shift, and outputs, up to which it is one kernel with its projections
+WIDEST_FUSED = 256  # bytes of a row, of inputs or outputs, up to which a token shift is one kernel with its projections
 WIDEST_SHIFT, HIGHEST_RANK = 256, 64  # channels of a token shift, and the rank of a mix, that its kernels hold
 WIDEST_NORM = 512  # channels that are normalised together, which the kernels of the gated norms hold
 _PACKAGE = {"triton": "triton", "fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
@@ -103,10 +103,14 @@ def conv_backend(backend: str, device_type: str, width: int) -> str:
     return "triton" if _by_kernels("ssd", backend, device_type) and width <= LONGEST_FILTER else "torch"
 
 
-def ddlerp_backend(backend: str, device_type: str, width: int, rank: int) -> str:
-    """What serves a token shift of ``width`` channels beside a ``wkv6`` of ``backend``: "triton" or "torch"."""
-    fits = width <= WIDEST_SHIFT and rank <= HIGHEST_RANK
-    return "triton" if _by_kernels("wkv6", backend, device_type) and fits else "torch"
+def ddlerp_backend(backend: str, device_type: str, width: int, rank: int, outputs: int, dtype: torch.dtype) -> str:
+    """What serves a token shift of ``width`` channels beside a ``wkv6`` of ``backend``.
+
+    "triton" or "torch", and "triton fused" where its projections, of at most ``outputs`` channels, are part of it.
+    """
+    if not _by_kernels("wkv6", backend, device_type) or width > WIDEST_SHIFT or rank > HIGHEST_RANK:
+        return "torch"
+    return "triton fused" if max(width, outputs) * dtype.itemsize <= WIDEST_FUSED else "triton"
 
 
 def norm_backend(op: str, backend: str, device_type: str, width: int) -> str:
@@ -266,8 +270,11 @@ def ddlerp_linear(
     if len(projections) != MIXES or any(p.dim() != 2 or p.shape[1] != D for p in projections):
         shapes = ", ".join(str(list(p.shape)) for p in projections)
         raise ValueError(f"ddlerp_linear needs {MIXES} projections [width,{D}], got {shapes}")
-    serving = ddlerp_backend(backend, x.device.type, D, low.shape[2] // MIXES)
-    if serving == "triton" and max(D, *(p.shape[0] for p in projections)) <= WIDEST_FUSED:
+    if T == 0:
+        raise ValueError("ddlerp_linear needs at least one step, got T=0")
+    outputs = max(p.shape[0] for p in projections)
+    serving = ddlerp_backend(backend, x.device.type, D, low.shape[2] // MIXES, outputs, low.dtype)
+    if serving == "triton fused":
         from hybrid.kernels.ddlerp_linear_triton import ddlerp_linear_triton
 
         return ddlerp_linear_triton(x, delta, low, weight, bias, projections)
@@ -275,6 +282,7 @@ def ddlerp_linear(
         from hybrid.kernels.ddlerp_triton import ddlerp_triton
 
         shifted = ddlerp_triton(x, delta, low, weight, bias)
+        projections = [p.to(low.dtype) for p in projections]
     else:
         shifted = ddlerp_torch(x, delta, low, weight, bias)
     return tuple(F.linear(y, p) for y, p in zip(shifted, projections, strict=True))

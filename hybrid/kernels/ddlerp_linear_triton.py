@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels import MIXES
-from hybrid.kernels.ddlerp_triton import _mix, _of_mix, _pick
+from hybrid.kernels.ddlerp_triton import mix, of_mix, pick
 from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store, with_dense_models
@@ -36,7 +36,7 @@ STEPS = 16  # of a tile: small ones, of which several are on their way
 def _projection(k, p0, p1, p2, p3, p4, n0, n1, n2, n3, n4, model, width, D,
                 TURNED: tl.constexpr, ALIGNED: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """P_k [BO,BD] of a model, which lies column by column where it is ``TURNED``."""
-    pointer = _pick(k, p0, p1, p2, p3, p4) + model * _pick(k, n0, n1, n2, n3, n4)
+    pointer = pick(k, p0, p1, p2, p3, p4) + model * pick(k, n0, n1, n2, n3, n4)
     if ALIGNED:  # by 16 bytes, so that loads are wide; the choice has made the compiler forget it
         pointer = tl.multiple_of(pointer, 16)
     row = tl.arange(0, BO)[:, None]
@@ -59,13 +59,13 @@ def _ddlerp_linear_forward_kernel(
     at = model * stop * D
     low_ptr += model * stop * MIXES * R + k * R
     shifted_ptr += at * MIXES + k * D
-    width = _pick(k, width0, width1, width2, width3, width4)
-    y_ptr = _pick(k, y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr) + model * stop * width
+    width = pick(k, width0, width1, width2, width3, width4)
+    y_ptr = pick(k, y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr) + model * stop * width
     p = _projection(
         k, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p0_model, p1_model, p2_model, p3_model, p4_model,
         model, width, D, TURNED, ALIGNED, BO, BD,
     ).to(low_ptr.dtype.element_ty)  # fmt: skip
-    weight, bias = _of_mix(weight_ptr + model * weight_model, bias_ptr + model * bias_model, k, D, R, MIXES, BD, BR)
+    weight, bias = of_mix(weight_ptr + model * weight_model, bias_ptr + model * bias_model, k, D, R, MIXES, BD, BR)
     weight = weight.to(p.dtype)
     begin = tl.program_id(1) * tiles * STEPS
     end = tl.minimum(begin + tiles * STEPS, stop)
@@ -98,8 +98,8 @@ def _ddlerp_linear_backward_kernel(
     ds_ptr += at * MIXES + k * D
     low_ptr += model * stop * MIXES * R + k * R
     dlow_ptr += model * stop * MIXES * R + k * R
-    width = _pick(k, width0, width1, width2, width3, width4)
-    dy_ptr = _pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr) + model * stop * width
+    width = pick(k, width0, width1, width2, width3, width4)
+    dy_ptr = pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr) + model * stop * width
     p = _projection(
         k, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p0_model, p1_model, p2_model, p3_model, p4_model,
         model, width, D, TURNED, ALIGNED, BO, BD,
@@ -156,7 +156,7 @@ def _ddlerp_linear_mixed_kernel(
     ddelta = tl.zeros((STEPS, BD), dtype=tl.float32)
     for k in range(0, MIXES):
         ds = load(ds_ptr + at * MIXES + k * D, first, stop, MIXES * D, D, STEPS, BD).to(tl.float32)
-        m, _ = _mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION, MIXES, STEPS, BD, BR)
+        m, _ = mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION, MIXES, STEPS, BD, BR)
         dx += ds
         ddelta += ds * m
     store(dx_ptr + at, dx, first, stop, D, D, STEPS, BD)

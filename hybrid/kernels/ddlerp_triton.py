@@ -26,7 +26,7 @@ BUSY = 512  # programs of the sums over steps: more mean more partial sums
 
 
 @triton.jit
-def _of_mix(weight_ptr, bias_ptr, k, D, R, MIXES: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):
+def of_mix(weight_ptr, bias_ptr, k, D, R, MIXES: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):
     """W_k [BD,BR] and bias_k [BD]."""
     weight = load(weight_ptr + k * R, 0, D, MIXES * R, R, BD, BR)
     channel = tl.arange(0, BD)
@@ -34,18 +34,18 @@ def _of_mix(weight_ptr, bias_ptr, k, D, R, MIXES: tl.constexpr, BD: tl.constexpr
 
 
 @triton.jit
-def _mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION: tl.constexpr,
+def mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION: tl.constexpr,
          MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """m_k [STEPS,BD] and W_k [BD,BR]."""
     low = load(low_ptr + k * R, first, stop, MIXES * R, R, STEPS, BR)
-    weight, bias = _of_mix(weight_ptr, bias_ptr, k, D, R, MIXES, BD, BR)
+    weight, bias = of_mix(weight_ptr, bias_ptr, k, D, R, MIXES, BD, BR)
     weight = weight.to(low.dtype)
     return tl.dot(low, tl.trans(weight), input_precision=PRECISION) + bias[None, :], weight
 
 
 @triton.jit
-def _pick(k, p0, p1, p2, p3, p4):
-    """The k-th of five pointers."""
+def pick(k, p0, p1, p2, p3, p4):
+    """The k-th of five pointers or numbers."""
     p = p0
     if k == 1:
         p = p1
@@ -73,8 +73,8 @@ def _ddlerp_forward_kernel(
     x = load(x_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
     delta = load(delta_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
     for k in range(0, MIXES):
-        m, _ = _mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION, MIXES, STEPS, BD, BR)
-        y_ptr = _pick(k, y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr)
+        m, _ = mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION, MIXES, STEPS, BD, BR)
+        y_ptr = pick(k, y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr)
         store(y_ptr + at, x + delta * m, first, stop, D, D, STEPS, BD)
 
 
@@ -95,9 +95,9 @@ def _ddlerp_backward_kernel(
     dx = tl.zeros((STEPS, BD), dtype=tl.float32)
     ddelta = tl.zeros((STEPS, BD), dtype=tl.float32)
     for k in range(0, MIXES):
-        dy_ptr = _pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr)
+        dy_ptr = pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr)
         dy = load(dy_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
-        m, weight = _mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION, MIXES, STEPS, BD, BR)
+        m, weight = mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION, MIXES, STEPS, BD, BR)
         dx += dy
         ddelta += dy * m
         dlow = tl.dot((dy * delta).to(weight.dtype), weight, input_precision=PRECISION)
@@ -116,7 +116,7 @@ def _ddlerp_sums_kernel(
     k = tl.program_id(2)
     at = model * stop * D
     low_ptr += model * stop * MIXES * R + k * R
-    dy_ptr = _pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr)
+    dy_ptr = pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr)
     dweight = tl.zeros((BD, BR), dtype=tl.float32)
     dbias = tl.zeros((BD,), dtype=tl.float32)
     for block in range(0, blocks):
@@ -233,7 +233,7 @@ register_seeds(_backward)
 
 
 def ddlerp_triton(x: Tensor, delta: Tensor, low: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """As ``hybrid.kernels.ddlerp``; sums in float32, outputs in the dtype of ``low``."""
+    """As ``hybrid.kernels.ddlerp.ddlerp_torch``; sums in float32, outputs in the dtype of ``low``."""
     check_dtypes("ddlerp", x, delta, low, weight, bias)
     # One set of weights for the whole batch; stacked models (vmap) have several.
     return _forward(x, delta, low, weight.to(low.dtype)[None], bias[None])

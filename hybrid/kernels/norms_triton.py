@@ -21,7 +21,8 @@ from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, load, power_of_two, silu, store, with_dense_models, with_dense_rows
 
-NUMBERS, WARPS = 512, 1  # of a tile, and of a program
+# Numbers of a tile and warps of a program. Of wider groups tiles are larger, for fewer partial sums.
+SMALL, LARGE, WIDEST_SMALL = (512, 1), (2048, 4), 256
 
 
 @triton.jit
@@ -115,7 +116,8 @@ def _gated_norm_backward_kernel(
 
 def _cut(width: int) -> dict[str, int]:
     block = power_of_two(width)
-    return {"ROWS": max(1, NUMBERS // block), "BC": block, "num_warps": WARPS}
+    numbers, warps = SMALL if block <= WIDEST_SMALL else LARGE
+    return {"ROWS": max(1, numbers // block), "BC": block, "num_warps": warps}
 
 
 def _programs(rows: int, width: int) -> int:

@@ -98,6 +98,10 @@ class Stack:
         # Blocks with the same parts run through the first of them, with their own values: one compilation serves all.
         shapes = [tuple((n, p.shape) for n, p in block.named_parameters()) for block in template.blocks]
         branches = [[Branch(block, name, dtype) for name in block.branches] for block in template.blocks]
+        for some in branches:
+            if len(some) == 2 and some[0].form == some[1].form:  # so that their gradients are added in full precision
+                for branch in some:
+                    branch.form = torch.float32
         # The precisions in which branches take their input, the full one first.
         self.forms = sorted({branch.form for some in branches for branch in some}, key=lambda form: -form.itemsize)
         parts = [(some, After(some[0].block, self.forms)) for some in branches]

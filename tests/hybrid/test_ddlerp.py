@@ -20,7 +20,7 @@ from tests.hybrid.test_kernels import relative_error
 SHAPES = [(2, 1, 16, 16), (3, 21, 20, 5), (2, 70, 64, 32), (1, 33, 192, 32), (4, 96, 32, 16)]
 DEVICES = on_devices(cpu=1e-6, cuda=1e-5, half=1e-2)
 NAMES = ("x", "delta", "low", "weight", "bias", *(f"projection {k}" for k in range(MIXES)))
-WIDTHS = (32, 5, 16, 120, 17)  # of the projections
+WIDTHS = (32, 5, 16, 60, 17)  # of the projections
 
 
 def inputs(
@@ -107,9 +107,18 @@ def test_projections_of_which_one_lies_otherwise(device: str, dtype: str, tolera
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels serve in Triton's interpreter alone")
-@pytest.mark.parametrize("width, outputs, together", [(128, 128, True), (144, 32, False), (64, 144, False)])
+@pytest.mark.parametrize(
+    "width, outputs, dtype, together",
+    [
+        (128, 128, "float16", True),
+        (144, 32, "float16", False),
+        (64, 144, "float16", False),
+        (64, 64, "float32", True),
+        (80, 64, "float32", False),
+    ],
+)
 def test_what_is_one_kernel_with_the_projections(
-    width: int, outputs: int, together: bool, monkeypatch: pytest.MonkeyPatch
+    width: int, outputs: int, dtype: str, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hybrid.kernels import ddlerp_linear_triton, ddlerp_triton
 
@@ -117,8 +126,8 @@ def test_what_is_one_kernel_with_the_projections(
     for module, name in ((ddlerp_linear_triton, "ddlerp_linear_triton"), (ddlerp_triton, "ddlerp_triton")):
         serve = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, f=serve, n=name: served.append(n) or f(*args))
-    values, _ = inputs((1, 3, width, 16), "float32", "cpu")
-    values[7] = torch.randn(outputs, width)
+    values, _ = inputs((1, 3, width, 16), dtype, "cpu")
+    values[7] = torch.randn(outputs, width)  # in float32 whatever the others are in
     assert [y.shape[-1] for y in computed(values, "cpu")] == [p.shape[0] for p in values[5:]]
     assert served == ["ddlerp_linear_triton" if together else "ddlerp_triton"]
 
@@ -177,22 +186,32 @@ def test_wrong_shapes_are_named(name: str) -> None:
 def test_projections_that_are_missing_are_counted() -> None:
     values, _ = inputs((2, 5, 16, 16), "float32", "cpu")
     with pytest.raises(ValueError, match=r"needs 5 projections \[width,16\], got \[32, 16\]$"):
-        ddlerp_linear(*values[:6][:5], values[5:6], backend=backend_for("cpu"))
+        ddlerp_linear(*values[:5], values[5:6], backend=backend_for("cpu"))
+
+
+def test_no_step_is_refused() -> None:
+    values, _ = inputs((2, 5, 16, 16), "float32", "cpu")
+    with pytest.raises(ValueError, match="at least one step, got T=0"):
+        computed([x[:, :0] if i < 3 else x for i, x in enumerate(values)], "cpu")
 
 
 @pytest.mark.parametrize(
-    ("wkv6", "device", "width", "rank", "serves"),
+    ("wkv6", "device", "width", "rank", "outputs", "dtype", "serves"),
     [
-        ("triton+fla", "cuda", 128, 32, "triton"),
-        ("triton", "cuda", 256, 64, "triton"),
-        ("triton+fla", "cuda", 320, 32, "torch"),
-        ("triton+fla", "cuda", 128, 96, "torch"),
-        ("torch", "cuda", 128, 32, "torch"),
-        ("auto", "cpu", 128, 32, "torch"),
+        ("triton+fla", "cuda", 128, 32, 128, "bfloat16", "triton fused"),
+        ("triton", "cuda", 64, 64, 64, "float32", "triton fused"),
+        ("triton+fla", "cuda", 128, 32, 128, "float32", "triton"),
+        ("triton+fla", "cuda", 128, 32, 256, "bfloat16", "triton"),
+        ("triton", "cuda", 256, 64, 64, "bfloat16", "triton"),
+        ("triton+fla", "cuda", 320, 32, 64, "bfloat16", "torch"),
+        ("triton+fla", "cuda", 128, 96, 64, "bfloat16", "torch"),
+        ("torch", "cuda", 128, 32, 64, "bfloat16", "torch"),
+        ("auto", "cpu", 128, 32, 64, "float32", "torch"),
     ],
 )
 def test_what_serves(
-    wkv6: str, device: str, width: int, rank: int, serves: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    wkv6: str, device: str, width: int, rank: int, outputs: int, dtype: str, serves: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr("hybrid.kernels._INSTALLED", {"triton": True, "fla": True, "mamba_ssm": True})
-    assert ddlerp_backend(wkv6, device, width, rank) == serves
+    assert ddlerp_backend(wkv6, device, width, rank, outputs, getattr(torch, dtype)) == serves

@@ -95,18 +95,25 @@ def test_matrices_in_lower_precision_lie_as_their_gradients_come(small: Setting,
 
 
 @pytest.mark.parametrize(
-    "pattern, dtype, wanted",
+    "arm, dtype, wanted",
     [
-        ("P A R", torch.bfloat16, {"rwkv": torch.float32, "mamba": torch.bfloat16, "attention": torch.bfloat16}),
-        ("M A", torch.bfloat16, {"mamba": torch.bfloat16, "attention": torch.bfloat16}),
-        ("P", torch.float32, {"rwkv": torch.float32, "mamba": torch.float32}),
+        (
+            ["model.pattern=P A R"], torch.bfloat16,
+            {"rwkv": torch.float32, "mamba": torch.bfloat16, "attention": torch.bfloat16},
+        ),
+        (["model.pattern=M A"], torch.bfloat16, {"mamba": torch.bfloat16, "attention": torch.bfloat16}),
+        (["model.pattern=P"], torch.float32, {"rwkv": torch.float32, "mamba": torch.float32}),
+        (
+            ["model.pattern=P", "model.branches=[mamba,mamba]"], torch.bfloat16,
+            {"mamba_a": torch.float32, "mamba_b": torch.float32},
+        ),
     ],
-)
+)  # fmt: skip
 def test_inputs_of_linear_layers_alone_are_cast_where_they_come_from(
-    small: Setting, pattern: str, dtype: torch.dtype, wanted: dict[str, torch.dtype]
+    small: Setting, arm: list[str], dtype: torch.dtype, wanted: dict[str, torch.dtype]
 ) -> None:
-    """Once for all branches of a block, in the kernel that makes them."""
-    stack = Stack([model_of(small, f"model.pattern={pattern}", "fusion=gain")], dtype, compiled=False)
+    """But for two such branches of a block, whose gradients would then be added in lower precision."""
+    stack = Stack([model_of(small, *arm, "fusion=gain")], dtype, compiled=False)
     run, seen = stack.run, {}
 
     def watched(part: Branch | After, values: dict[str, Tensor], *inputs: Tensor) -> Any:
