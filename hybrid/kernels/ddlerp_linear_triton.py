@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels import MIXES
-from hybrid.kernels.ddlerp_triton import mix, of_mix, pick
+from hybrid.kernels.ddlerp_triton import mix, of_mix, pick, place
 from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
 from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store, with_dense_models
@@ -33,16 +33,28 @@ STEPS = 16  # of a tile: small ones, of which several are on their way
 
 
 @triton.jit
-def _projection(k, p0, p1, p2, p3, p4, n0, n1, n2, n3, n4, model, width, D,
-                TURNED: tl.constexpr, ALIGNED: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """P_k [BO,BD] of a model, which lies column by column where it is ``TURNED``."""
-    pointer = pick(k, p0, p1, p2, p3, p4) + model * pick(k, n0, n1, n2, n3, n4)
+def _share(p0, p1, p2, p3, p4, p0_model, p1_model, p2_model, p3_model, p4_model,
+           width0, width1, width2, width3, width4, stop, D, R, tiles, MIXES: tl.constexpr, TURNED: tl.constexpr,
+           ALIGNED: tl.constexpr, STEPS: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """This program's k, model, first step and the one after its last, and how wide P_k is.
+
+    Then where its model's steps, and its own numbers in [steps,5D] and [steps,5R], begin, and P_k [BO,BD], which lies
+    column by column where it is ``TURNED``.
+    """
+    k = tl.program_id(0)
+    model = tl.program_id(2).to(tl.int64)
+    steps = model * stop
+    begin = tl.program_id(1) * tiles * STEPS
+    end = tl.minimum(begin + tiles * STEPS, stop)
+    width = pick(k, width0, width1, width2, width3, width4)
+    pointer = pick(k, p0, p1, p2, p3, p4) + model * pick(k, p0_model, p1_model, p2_model, p3_model, p4_model)
     if ALIGNED:  # by 16 bytes, so that loads are wide; the choice has made the compiler forget it
         pointer = tl.multiple_of(pointer, 16)
     row = tl.arange(0, BO)[:, None]
     column = tl.arange(0, BD)[None, :]
     at = column * width + row if TURNED else row * D + column
-    return tl.load(pointer + at, mask=(row < width) & (column < D), other=0.0)
+    p = tl.load(pointer + at, mask=(row < width) & (column < D), other=0.0)
+    return k, model, begin, end, width, steps, steps * MIXES * D + k * D, steps * MIXES * R + k * R, p
 
 
 @triton.jit
@@ -54,24 +66,21 @@ def _ddlerp_linear_forward_kernel(
     PRECISION: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr, MIXES: tl.constexpr,
     STEPS: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    k = tl.program_id(0)
-    model = tl.program_id(2).to(tl.int64)
-    at = model * stop * D
-    low_ptr += model * stop * MIXES * R + k * R
-    shifted_ptr += at * MIXES + k * D
-    width = pick(k, width0, width1, width2, width3, width4)
-    y_ptr = pick(k, y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr) + model * stop * width
-    p = _projection(
-        k, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p0_model, p1_model, p2_model, p3_model, p4_model,
-        model, width, D, TURNED, ALIGNED, BO, BD,
-    ).to(low_ptr.dtype.element_ty)  # fmt: skip
+    k, model, begin, end, width, steps, of_k, of_low, p = _share(
+        p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p0_model, p1_model, p2_model, p3_model, p4_model,
+        width0, width1, width2, width3, width4, stop, D, R, tiles, MIXES, TURNED, ALIGNED, STEPS, BO, BD,
+    )  # fmt: skip
+    p = p.to(low_ptr.dtype.element_ty)
+    x_ptr += steps * D
+    delta_ptr += steps * D
+    low_ptr += of_low
+    shifted_ptr += of_k
+    y_ptr = pick(k, y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr) + steps * width
     weight, bias = of_mix(weight_ptr + model * weight_model, bias_ptr + model * bias_model, k, D, R, MIXES, BD, BR)
     weight = weight.to(p.dtype)
-    begin = tl.program_id(1) * tiles * STEPS
-    end = tl.minimum(begin + tiles * STEPS, stop)
     for first in range(begin, end, STEPS):
-        x = load(x_ptr + at, first, end, D, D, STEPS, BD).to(tl.float32)
-        delta = load(delta_ptr + at, first, end, D, D, STEPS, BD).to(tl.float32)
+        x = load(x_ptr, first, end, D, D, STEPS, BD).to(tl.float32)
+        delta = load(delta_ptr, first, end, D, D, STEPS, BD).to(tl.float32)
         low = load(low_ptr, first, end, MIXES * R, R, STEPS, BR)
         m = tl.dot(low, tl.trans(weight), input_precision=PRECISION) + bias[None, :]
         shifted = (x + delta * m).to(p.dtype)
@@ -90,26 +99,21 @@ def _ddlerp_linear_backward_kernel(
     STEPS: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """A row of ``sums``, one for every share of a model's steps: dW [D,5R], dbias [5,D], and of every k dP_k^T."""
-    k = tl.program_id(0)
-    model = tl.program_id(2).to(tl.int64)
-    at = model * stop * D
-    delta_ptr += at
-    shifted_ptr += at * MIXES + k * D
-    ds_ptr += at * MIXES + k * D
-    low_ptr += model * stop * MIXES * R + k * R
-    dlow_ptr += model * stop * MIXES * R + k * R
-    width = pick(k, width0, width1, width2, width3, width4)
-    dy_ptr = pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr) + model * stop * width
-    p = _projection(
-        k, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p0_model, p1_model, p2_model, p3_model, p4_model,
-        model, width, D, TURNED, ALIGNED, BO, BD,
-    ).to(low_ptr.dtype.element_ty)  # fmt: skip
+    k, model, begin, end, width, steps, of_k, of_low, p = _share(
+        p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p0_model, p1_model, p2_model, p3_model, p4_model,
+        width0, width1, width2, width3, width4, stop, D, R, tiles, MIXES, TURNED, ALIGNED, STEPS, BO, BD,
+    )  # fmt: skip
+    p = p.to(low_ptr.dtype.element_ty)
+    delta_ptr += steps * D
+    shifted_ptr += of_k
+    ds_ptr += of_k
+    low_ptr += of_low
+    dlow_ptr += of_low
+    dy_ptr = pick(k, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr, dy4_ptr) + steps * width
     weight = load(weight_ptr + model * weight_model + k * R, 0, D, MIXES * R, R, BD, BR).to(p.dtype)
     dp = tl.zeros((BD, BO), dtype=tl.float32)
     dweight = tl.zeros((BD, BR), dtype=tl.float32)
     dbias = tl.zeros((BD,), dtype=tl.float32)
-    begin = tl.program_id(1) * tiles * STEPS
-    end = tl.minimum(begin + tiles * STEPS, stop)
     for first in range(begin, end, STEPS):
         dy = load(dy_ptr, first, end, width, width, STEPS, BO).to(p.dtype)
         shifted = load(shifted_ptr, first, end, MIXES * D, D, STEPS, BD)
@@ -146,12 +150,10 @@ def _ddlerp_linear_mixed_kernel(
     ds_ptr, low_ptr, weight_ptr, bias_ptr, dx_ptr, ddelta_ptr, stop, D, R, weight_model, bias_model,
     PRECISION: tl.constexpr, MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    model = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * STEPS
-    at = model * stop * D
-    low_ptr += model * stop * MIXES * R
-    weight_ptr += model * weight_model
-    bias_ptr += model * bias_model
+    first, at, low_at, weight_ptr, bias_ptr = place(
+        weight_ptr, bias_ptr, stop, D, R, weight_model, bias_model, MIXES, STEPS
+    )
+    low_ptr += low_at
     dx = tl.zeros((STEPS, BD), dtype=tl.float32)
     ddelta = tl.zeros((STEPS, BD), dtype=tl.float32)
     for k in range(0, MIXES):

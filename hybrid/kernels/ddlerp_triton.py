@@ -35,12 +35,23 @@ def of_mix(weight_ptr, bias_ptr, k, D, R, MIXES: tl.constexpr, BD: tl.constexpr,
 
 @triton.jit
 def mix(low_ptr, weight_ptr, bias_ptr, k, first, stop, D, R, PRECISION: tl.constexpr,
-         MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+        MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """m_k [STEPS,BD] and W_k [BD,BR]."""
     low = load(low_ptr + k * R, first, stop, MIXES * R, R, STEPS, BR)
     weight, bias = of_mix(weight_ptr, bias_ptr, k, D, R, MIXES, BD, BR)
     weight = weight.to(low.dtype)
     return tl.dot(low, tl.trans(weight), input_precision=PRECISION) + bias[None, :], weight
+
+
+@triton.jit
+def place(weight_ptr, bias_ptr, stop, D, R, weight_model, bias_model, MIXES: tl.constexpr, STEPS: tl.constexpr):
+    """This program's first step, where its model's [steps,D] and [steps,5R] begin, and its W and bias."""
+    model = tl.program_id(1).to(tl.int64)
+    steps = model * stop
+    return (
+        tl.program_id(0) * STEPS, steps * D, steps * MIXES * R,
+        weight_ptr + model * weight_model, bias_ptr + model * bias_model,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -64,12 +75,10 @@ def _ddlerp_forward_kernel(
     weight_model, bias_model,
     PRECISION: tl.constexpr, MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    model = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * STEPS
-    at = model * stop * D
-    low_ptr += model * stop * MIXES * R
-    weight_ptr += model * weight_model
-    bias_ptr += model * bias_model
+    first, at, low_at, weight_ptr, bias_ptr = place(
+        weight_ptr, bias_ptr, stop, D, R, weight_model, bias_model, MIXES, STEPS
+    )
+    low_ptr += low_at
     x = load(x_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
     delta = load(delta_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
     for k in range(0, MIXES):
@@ -84,13 +93,11 @@ def _ddlerp_backward_kernel(
     dx_ptr, ddelta_ptr, dlow_ptr, stop, D, R, weight_model, bias_model,
     PRECISION: tl.constexpr, MIXES: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    model = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * STEPS
-    at = model * stop * D
-    low_ptr += model * stop * MIXES * R
-    dlow_ptr += model * stop * MIXES * R
-    weight_ptr += model * weight_model
-    bias_ptr += model * bias_model
+    first, at, low_at, weight_ptr, bias_ptr = place(
+        weight_ptr, bias_ptr, stop, D, R, weight_model, bias_model, MIXES, STEPS
+    )
+    low_ptr += low_at
+    dlow_ptr += low_at
     delta = load(delta_ptr + at, first, stop, D, D, STEPS, BD).to(tl.float32)
     dx = tl.zeros((STEPS, BD), dtype=tl.float32)
     ddelta = tl.zeros((STEPS, BD), dtype=tl.float32)

@@ -97,11 +97,7 @@ class Stack:
         self.side = torch.cuda.Stream(self.leaves[0].values.device) if self.leaves[0].values.is_cuda else None
         # Blocks with the same parts run through the first of them, with their own values: one compilation serves all.
         shapes = [tuple((n, p.shape) for n, p in block.named_parameters()) for block in template.blocks]
-        branches = [[Branch(block, name, dtype) for name in block.branches] for block in template.blocks]
-        for some in branches:
-            if len(some) == 2 and some[0].form == some[1].form:  # so that their gradients are added in full precision
-                for branch in some:
-                    branch.form = torch.float32
+        branches = [build_branches(block, dtype) for block in template.blocks]
         # The precisions in which branches take their input, the full one first.
         self.forms = sorted({branch.form for some in branches for branch in some}, key=lambda form: -form.itemsize)
         parts = [(some, After(some[0].block, self.forms)) for some in branches]
@@ -178,19 +174,26 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
 
 
 class Branch(nn.Module):
-    """A branch of a block as a module, the block's names of its parameters, and the precision of its input.
+    """A branch of a block as a module, the block's names of its parameters, and the precision of its input."""
 
-    What only goes into linear layers, which would cast it to ``dtype``, is cast where it comes from.
-    """
-
-    def __init__(self, block: Block, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, block: Block, name: str, form: torch.dtype) -> None:
         super().__init__()
-        self.block, self.name = block, name
-        self.form = dtype if getattr(block, name).only_linear else torch.float32
+        self.block, self.name, self.form = block, name, form
         self.names = [path for path, _ in block.named_parameters() if path.split(".")[0] == name]
 
     def forward(self, n: Tensor) -> Tensor:
         return getattr(self.block, self.name)(n)[0]
+
+
+def build_branches(block: Block, dtype: torch.dtype) -> list[Branch]:
+    """The branches of a block that computes in ``dtype``.
+
+    An input that only goes into linear layers, which would cast it, is cast where it comes from; not so for two such
+    branches, so that the gradients of their input are added in full precision.
+    """
+    linear = [getattr(block, name).only_linear for name in block.branches]
+    forms = [dtype if only and linear.count(True) == 1 else torch.float32 for only in linear]
+    return [Branch(block, name, form) for name, form in zip(block.branches, forms, strict=True)]
 
 
 class After(nn.Module):

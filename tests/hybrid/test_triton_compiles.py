@@ -37,13 +37,12 @@ NUMBERS |= {"norm_eps"}
 WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32", "GIVEN": False, "RAW": True}
 SSD = {"L": 64, "BP": 64, "BN": 128}
 DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
-LOW_RANK = {width: torch.empty(0, dtype=width) for width in (torch.bfloat16, torch.float32)}
 
 
 def linear(D: int, R: int, dtype: torch.dtype, **lying: bool) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants and options as the fused token shift is launched with."""
-    found = ddlerp_linear_triton._constants(D, R, LOW_RANK[dtype])
-    found |= ddlerp_linear_triton._of_projections([D], LOW_RANK[dtype])
+    low = torch.empty(0, dtype=dtype)
+    found = ddlerp_linear_triton._constants(D, R, low) | ddlerp_linear_triton._of_projections([D], low)
     options = {key: found.pop(key) for key in ("num_warps", "num_stages")}
     return found | lying, options
 
