@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from hybrid.config import ConfigError
-from hybrid.kernels import BackendError, conv_backend, ddlerp_backend, norm_backend, resolve_backend
+from hybrid.kernels import BackendError, conv_backend, ddlerp_backend, mamba2_backend, norm_backend, resolve_backend
 from hybrid.schema import Config
 
 FULL = 32768  # tokens of a micro-batch with which a GPU is busy
@@ -57,13 +57,15 @@ def serving_kernels(cfg: Config) -> dict[str, str]:
     d, rwkv, mamba = cfg.model.d_model, cfg.model.rwkv, cfg.model.mamba
     outputs = max(round(d * rwkv.expand_k), round(d * rwkv.expand_v), rwkv.decay_low_rank)
     dtype = getattr(torch, cfg.trainer.dtype)
+    of_heads, width = (mamba.head_dim, mamba.state_size), mamba.expand * d // mamba.n_groups
     return {
         "wkv6": kernels.wkv6,
         "ssd": kernels.ssd,
         "conv": conv_backend(kernels.ssd, device_type, mamba.conv_kernel),
         "ddlerp": ddlerp_backend(kernels.wkv6, device_type, d, rwkv.shift_low_rank, outputs, dtype),
         "wkv6_norm": norm_backend("wkv6", kernels.wkv6, device_type, round(d * rwkv.expand_v) // rwkv.num_heads),
-        "ssd_norm": norm_backend("ssd", kernels.ssd, device_type, mamba.expand * d // mamba.n_groups),
+        "ssd_norm": norm_backend("ssd", kernels.ssd, device_type, width),
+        "mamba2": mamba2_backend(kernels.ssd, device_type, cfg.data.seq_len, mamba.conv_kernel, *of_heads, width),
     }
 
 

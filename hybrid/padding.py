@@ -12,7 +12,8 @@ def wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     missing = -layer.out_features % 16
     if not missing or layer.bias is not None:
         return layer(x)
-    return F.linear(x, F.pad(layer.weight, (0, 0, 0, missing)))
+    # Filled as it lies in a stack of models, where its gradient is wanted: column by column.
+    return F.linear(x, F.pad(layer.weight.mT, (0, missing)).mT)
 
 
 def linear_of_wide(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -50,6 +50,11 @@ def run(session: Session) -> None:
         f"batches (! above {DEVIATION}); first step: seconds from starting the process, caches of compiled kernels "
         "warm, cold or in part; GiB: peak allocated after the first step"
     )
+    if not session.device.get("bytecode", True):
+        document.note(
+            "first step: Python keeps no bytecode of torch here, so every process compiles thousands of modules again; "
+            "PYTHONPYCACHEPREFIX names a folder for it, and PYTHONDONTWRITEBYTECODE must not be set"
+        )
     for shape in options.shapes:
         batch, length = shape
         group = f"{batch} x {length}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -148,6 +149,7 @@ def device_facts() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     facts: dict[str, Any] = {"device": cpu_name(), "cuda": cuda, "copy_gb_per_s": copy_bandwidth(device) / 1e9}
+    facts["bytecode"] = Path(importlib.util.cache_from_source(torch.__file__)).exists()
     if cuda:
         properties = torch.cuda.get_device_properties(device)
         driver = ask_smi(gpu_id(device), ["driver_version"])

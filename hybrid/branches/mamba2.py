@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.branches import BranchState, fla_layers
-from hybrid.kernels import causal_conv, gate_then_norm, ssd
+from hybrid.kernels import causal_conv, gate_then_norm, mamba2_backend, mamba2_between, ssd
 from hybrid.padding import wide_linear
 from hybrid.schema import KernelsConfig, MambaConfig
 
@@ -18,7 +18,8 @@ class Mamba2(fla_layers.Mamba2):
     """Mamba-2: a selective state space model with A, B, C, D and a step size dt, in its SSD form.
 
     Parameters, shapes and names are FLA's; the forward (arXiv:2405.21060, section 7) is plain PyTorch around
-    ``kernels.causal_conv``, ``kernels.ssd`` and ``kernels.gate_then_norm``.
+    ``kernels.causal_conv``, ``kernels.ssd`` and ``kernels.gate_then_norm``, or ``kernels.mamba2_between`` for all three
+    where kernels serve them and nobody asks for a state or what the recurrence gets.
     """
 
     only_linear = True
@@ -45,8 +46,24 @@ class Mamba2(fla_layers.Mamba2):
         }
 
     def forward(self, x: Tensor, state: BranchState | None = None) -> tuple[Tensor, BranchState | None]:
-        B, T, _ = x.shape
         zxBCdt = wide_linear(x, self.in_proj) if x.is_cuda else self.in_proj(x)
+        if state is None and self.observer is None and self.fused(x):
+            y = mamba2_between(
+                zxBCdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A_log, self.D,
+                self.norm.weight, self.n_groups, self.norm.eps,
+            )  # fmt: skip
+            return self.out_proj(y), None
+        y, state = self.between(zxBCdt, state)
+        return self.out_proj(y), state
+
+    def fused(self, x: Tensor) -> bool:
+        """Whether one operator serves x [B,T,d_model]."""
+        sizes = self.conv_kernel_size, self.head_dim, self.ssm_state_size, self.intermediate_size // self.n_groups
+        return mamba2_backend(self.kernel_backend, x.device.type, x.shape[1], *sizes) == "triton fused"
+
+    def between(self, zxBCdt: Tensor, state: BranchState | None) -> tuple[Tensor, BranchState | None]:
+        """``kernels.mamba2_between`` in its parts, with states."""
+        B, T, _ = zxBCdt.shape
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
         # Filling is a piece of its own: cut off before, its gradient would be another copy of all others.
         z, xBC, dt, _ = zxBCdt.split([*sizes, zxBCdt.shape[-1] - sum(sizes)], dim=-1)
@@ -75,7 +92,6 @@ class Mamba2(fla_layers.Mamba2):
         y = gate_then_norm(
             y.reshape(B, T, -1), z, self.norm.weight, self.n_groups, self.norm.eps, backend=self.kernel_backend
         )
-        out = self.out_proj(y)
         if state is None:
-            return out, None
-        return out, {"conv": torch.cat((past.to(xBC.dtype), xBC), dim=1)[:, T:], "ssm": ssm}
+            return y, None
+        return y, {"conv": torch.cat((past.to(xBC.dtype), xBC), dim=1)[:, T:], "ssm": ssm}

@@ -16,9 +16,12 @@ records it. All of them can be mapped over stacked models with ``torch.vmap``.
 ``causal_conv``, Mamba-2's short convolution, and ``gate_then_norm``, its gated norm, go with ``ssd``;
 ``ddlerp_linear``, RWKV-6's token shift and projections, and ``norm_then_gate`` with ``wkv6``: Triton kernels where
 kernels serve that, else plain PyTorch (``conv.py``, ``ddlerp.py``, ``norms.py`` and their ``_triton``; the token shift
-together with its projections is ``ddlerp_linear_triton.py``). Beside them lies the optimiser's update of stacked
-parameters (``adamw.py``, ``adamw_triton.py``), which ``hybrid/training/stacked_adamw.py`` chooses between. Custom
-operators get their names in ``operators.py`` and their rule for ``torch.vmap`` in ``seeds.py``.
+together with its projections is ``ddlerp_linear_triton.py``). Where kernels serve all that a layer of Mamba-2 does
+between its products, they are one operator, ``mamba2_between`` (``mamba2_triton.py``).
+
+Beside them lies the optimiser's update of stacked parameters (``adamw.py``, ``adamw_triton.py``), which
+``hybrid/training/stacked_adamw.py`` chooses between. Custom operators get their names in ``operators.py`` and their
+rule for ``torch.vmap`` in ``seeds.py``.
 """
 
 from __future__ import annotations
@@ -120,6 +123,25 @@ def norm_backend(op: str, backend: str, device_type: str, width: int) -> str:
 
 def _rounded(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+def mamba2_backend(
+    backend: str, device_type: str, steps: int, filter_width: int, head_dim: int, state_size: int, norm_width: int
+) -> str:
+    """What serves all between the products of a Mamba-2 layer beside an ``ssd`` of ``backend``.
+
+    "triton fused" where ``mamba2_between`` can do it as one operator, "parts" where it is left to the operators for
+    filters of ``filter_width``, the recurrence, and a norm of ``norm_width`` channels a group.
+    """
+    fits = _rounded(head_dim) * _rounded(state_size) <= LARGEST_STATE
+    fused = (
+        _by_kernels("ssd", backend, device_type)
+        and (fits or backend != "triton")
+        and serving_backend("ssd", backend, device_type, steps, fits) == "triton"
+        and conv_backend(backend, device_type, filter_width) == "triton"
+        and norm_backend("ssd", backend, device_type, norm_width) == "triton"
+    )
+    return "triton fused" if fused else "parts"
 
 
 def wkv6(
@@ -246,6 +268,33 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = N
 
         return conv_triton(x, weight, bias)
     return conv_torch(x, weight, bias, past)
+
+
+def mamba2_between(
+    zxBCdt: Tensor, filters: Tensor, filter_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, norm: Tensor,
+    groups: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """What a layer of Mamba-2 does between its two products (arXiv:2405.21060, section 7), by kernels in one operator.
+
+    ``zxBCdt`` [B,T,W] is the first product: the gate z [inner], the filters' inputs x [inner], B and C [groups N each],
+    the step sizes [H] before their softplus, and fewer than 16 numbers of no meaning, whose gradient is zero. Then
+    ``causal_conv`` with filters [C,K] and their bias [C], ``ssd`` with ``dt = softplus(dt + dt_bias)`` and
+    ``A = -exp(A_log)``, D [H], and ``gate_then_norm`` with ``norm`` [inner], from an empty state. Returns [B,T,inner].
+    """
+    inner, H = norm.shape[0], D.shape[0]
+    T, width = zxBCdt.shape[1:]
+    state, rest = divmod(filters.shape[0] - inner, 2 * groups)
+    fill = width - inner - filters.shape[0] - H
+    of_heads, of_filters = dt_bias.shape == A_log.shape == D.shape, filter_bias.shape == filters.shape[:1]
+    if inner % H or H % groups or rest or state < 1 or not 0 <= fill < 16 or not of_heads or not of_filters:
+        named = {"zxBCdt": zxBCdt, "filters": filters, "filter_bias": filter_bias, "dt_bias": dt_bias, "A_log": A_log}
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in (named | {"D": D, "norm": norm}).items())
+        raise ValueError(f"mamba2_between needs zxBCdt [B,T,2 inner + 2 groups N + H] and parts that fit; got {shapes}")
+    if T == 0:
+        raise ValueError("mamba2_between needs at least one step, got T=0")
+    from hybrid.kernels.mamba2_triton import mamba2_triton
+
+    return mamba2_triton(zxBCdt, filters, filter_bias, dt_bias, A_log, D, norm, groups, eps)
 
 
 def ddlerp_linear(

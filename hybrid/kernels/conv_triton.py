@@ -73,6 +73,7 @@ def _conv_forward_kernel(
 def _conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, sums_ptr,
     T, C, weight_model, bias_model, sequences_per_model, x_batch, x_step, dy_batch, dy_step,
+    dx_batch, dx_step,
     STEPS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -82,7 +83,7 @@ def _conv_backward_kernel(
     )
     x_ptr += b * x_batch + channel
     dy_ptr += b * dy_batch + channel
-    dx_ptr += b * T * C + channel
+    dx_ptr += b * dx_batch + channel
     start = tl.program_id(1).to(tl.int64) * STEPS
     stop = start + STEPS
     x1 = _at(x_ptr, stop, T, x_step, here)
@@ -111,7 +112,7 @@ def _conv_backward_kernel(
         _, slope = silu(u)
         du = _at(dy_ptr, t, T, dy_step, here) * slope
         dx = w3 * du + w2 * du1 + w1 * du2 + w0 * du3
-        tl.store(dx_ptr + t * C, dx.to(dx_ptr.dtype.element_ty), mask=here & (t < T))
+        tl.store(dx_ptr + t * dx_step, dx.to(dx_ptr.dtype.element_ty), mask=here & (t < T))
         dw0 += du * x0
         dw1 += du * x1
         dw2 += du * x2
@@ -127,16 +128,37 @@ def _conv_backward_kernel(
     tl.store(sums_ptr + 4 * C, dbias, mask=here)
 
 
+def run_forward(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> None:
+    """Write y [B,T,C] for weight [models,C,4] and bias [models,C]."""
+    B, T, C = x.shape
+    x, weight, bias = with_dense_rows(x), with_dense_models(weight), with_dense_models(bias)
+    _conv_forward_kernel[B, triton.cdiv(T, FORWARD["STEPS"]), triton.cdiv(C, CHANNELS)](
+        x, weight, bias, y, T, C, weight.stride(0), bias.stride(0), B // weight.shape[0], *strides(x),
+        BC=CHANNELS, **FORWARD,
+    )  # fmt: skip
+
+
+def run_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, dx: Tensor, sums: Tensor) -> None:
+    """Write dx, whose steps may lie apart, and every program's sums (``sums_shape``) for the weights and the bias."""
+    B, T, C = x.shape
+    x, dy = with_dense_rows(x), with_dense_rows(dy)
+    weight, bias = with_dense_models(weight), with_dense_models(bias)
+    _conv_backward_kernel[B, sums.shape[1], triton.cdiv(C, CHANNELS)](
+        x, weight, bias, dy, dx, sums,
+        T, C, weight.stride(0), bias.stride(0), B // weight.shape[0], *strides(x, dy, dx),
+        BC=CHANNELS, **BACKWARD,
+    )  # fmt: skip
+
+
+def sums_shape(B: int, T: int, C: int) -> tuple[int, int, int, int]:
+    return B, -(-T // BACKWARD["STEPS"]), LONGEST_FILTER + 1, C
+
+
 @operator("conv_triton")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    B, T, C = x.shape
     y = x.new_empty(x.shape)
-    x, weight, bias = with_dense_rows(x), with_dense_models(weight), with_dense_models(bias)
     with torch.cuda.device_of(x):
-        _conv_forward_kernel[B, triton.cdiv(T, FORWARD["STEPS"]), triton.cdiv(C, CHANNELS)](
-            x, weight, bias, y, T, C, weight.stride(0), bias.stride(0), B // weight.shape[0], *strides(x),
-            BC=CHANNELS, **FORWARD,
-        )  # fmt: skip
+        run_forward(x, weight, bias, y)
     return y
 
 
@@ -145,32 +167,18 @@ def _(x, weight, bias):
     return x.new_empty(x.shape)
 
 
-def _programs(T: int) -> int:
-    """Programs that share a sequence in the backward pass."""
-    return (T + BACKWARD["STEPS"] - 1) // BACKWARD["STEPS"]
-
-
 @operator("conv_triton_backward")
 def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of x, and every program's sums [B,programs,5,C] for the four weights and the bias."""
-    B, T, C = x.shape
-    programs = _programs(T)
-    dx, sums = x.new_empty(x.shape), x.new_empty(B, programs, LONGEST_FILTER + 1, C, dtype=torch.float32)
-    x, dy = with_dense_rows(x), with_dense_rows(dy)
-    weight, bias = with_dense_models(weight), with_dense_models(bias)
+    dx, sums = x.new_empty(x.shape), x.new_empty(sums_shape(*x.shape), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _conv_backward_kernel[B, programs, triton.cdiv(C, CHANNELS)](
-            x, weight, bias, dy, dx, sums,
-            T, C, weight.stride(0), bias.stride(0), B // weight.shape[0], *strides(x, dy),
-            BC=CHANNELS, **BACKWARD,
-        )  # fmt: skip
+        run_backward(x, weight, bias, dy, dx, sums)
     return dx, sums
 
 
 @_backward.register_fake
 def _(x, weight, bias, dy):
-    B, T, C = x.shape
-    return x.new_empty(x.shape), x.new_empty(B, _programs(T), LONGEST_FILTER + 1, C, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(sums_shape(*x.shape), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -180,9 +188,14 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy):
     x, weight, bias = ctx.saved_tensors
     dx, sums = _backward(x, weight, bias, dy)
-    # Over each model's sequences: here, where a compiler can fuse the sum.
+    return dx, *of_filters(sums, weight, bias)
+
+
+def of_filters(sums: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of weight [models,C,4] and bias [models,C]."""
+    # Over each model's sequences: not in an operator, so that a compiler can fuse the sum.
     sums = sums.view(weight.shape[0], -1, *sums.shape[2:]).sum(1)
-    return dx, sums[:, :-1].transpose(1, 2).to(weight.dtype), sums[:, -1].to(bias.dtype)
+    return sums[:, :-1].transpose(1, 2).to(weight.dtype), sums[:, -1].to(bias.dtype)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -193,8 +206,11 @@ register_seeds(_backward)
 def conv_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As ``hybrid.kernels.causal_conv`` without a past, in float32, for filters of at most ``LONGEST_FILTER``."""
     check_dtypes("causal_conv", x, weight, bias)
-    missing = LONGEST_FILTER - weight.shape[1]
-    if missing:
-        weight = F.pad(weight, (missing, 0))
     # One set of filters for the whole batch; stacked models (vmap) have several.
-    return _forward(x, weight[None], bias[None])
+    return _forward(x, filled(weight)[None], bias[None])
+
+
+def filled(weight: Tensor) -> Tensor:
+    """Filters [C,K] as the kernels have them, [C,4]."""
+    missing = LONGEST_FILTER - weight.shape[1]
+    return F.pad(weight, (missing, 0)) if missing else weight

@@ -282,7 +282,8 @@ def _autograd(ctx, *dys):
     # Over each model's programs: here, where a compiler can fuse the sum.
     sums = sums.view(models, -1, sums.shape[1]).sum(1)
     dweight, dbias, *dprojections = sums.split([D * n for n in (low.shape[2], MIXES, *widths)], dim=1)
-    dprojections = [dp.view(models, D, -1).mT.to(p.dtype) for dp, p in zip(dprojections, projections, strict=True)]
+    # Cast as they lie: a compiler would walk what is turned first as if its columns lay side by side.
+    dprojections = [dp.to(p.dtype).view(models, D, -1).mT for dp, p in zip(dprojections, projections, strict=True)]
     dweight, dbias = dweight.view(models, D, -1).to(weight.dtype), dbias.view(models, MIXES, D).to(bias.dtype)
     return dx.to(ctx.dtype), ddelta, dlow, dweight, dbias, *dprojections
 

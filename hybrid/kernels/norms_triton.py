@@ -12,6 +12,8 @@ less ``mean(ds)``. Numbers are float32 inside, whatever they are stored in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -82,7 +84,7 @@ def _gated_norm_forward_kernel(
 @triton.jit
 def _gated_norm_backward_kernel(
     x_ptr, gate_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, dbias_ptr,
-    rows, C, width, x_row, gate_row, dy_row, weight_model, bias_model, norm_eps,
+    rows, C, width, x_row, gate_row, dy_row, dgate_row, weight_model, bias_model, norm_eps,
     GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     first, column, model, x, opened, opening, weight = _tile(
@@ -90,7 +92,6 @@ def _gated_norm_backward_kernel(
     )
     dy = _rows_of(dy_ptr, model, first, rows, dy_row, column, width, ROWS, BC)
     channel = tl.arange(0, BC)
-    out = model * rows * C + column
     sums = (model * tl.num_programs(0) + tl.program_id(0)) * C + column + channel
     if GATE_FIRST:
         n, scale = _normalised(x * opened, width, norm_eps, False, BC)
@@ -110,8 +111,8 @@ def _gated_norm_backward_kernel(
         mean, along = tl.sum(dn, 1) / width, tl.sum(dn * n, 1) / width
         dx = (dn - mean[:, None] - n * along[:, None]) * scale[:, None]
     tl.store(dweight_ptr + sums, tl.sum(dweight, 0), mask=channel < width)
-    store(dx_ptr + out, dx, first, rows, C, width, ROWS, BC)
-    store(dgate_ptr + out, dgate, first, rows, C, width, ROWS, BC)
+    store(dx_ptr + model * rows * C + column, dx, first, rows, C, width, ROWS, BC)
+    store(dgate_ptr + model * rows * dgate_row + column, dgate, first, rows, dgate_row, width, ROWS, BC)
 
 
 def _cut(width: int) -> dict[str, int]:
@@ -121,7 +122,7 @@ def _cut(width: int) -> dict[str, int]:
 
 
 def _programs(rows: int, width: int) -> int:
-    return triton.cdiv(rows, _cut(width)["ROWS"])
+    return -(-rows // _cut(width)["ROWS"])
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -129,20 +130,49 @@ def _as_rows(x: Tensor) -> Tensor:
     return with_dense_rows(x).flatten(0, 1)
 
 
-@operator("gated_norm_triton")
-def _forward(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps: float) -> Tensor:
-    """First the gate where there is no bias, else first the norm."""
+def run_forward(
+    x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, groups: int, eps: float
+) -> None:
+    """Write y [B,T,C]: first the gate where there is no bias, else first the norm. weight and bias are [models,C]."""
     B, T, C = x.shape
     models, width = weight.shape[0], C // groups
-    y = gate.new_empty(x.shape)
     rows = B // models * T
     x, gate, weight = _as_rows(x), _as_rows(gate), with_dense_models(weight)
     bias = None if bias is None else with_dense_models(bias)
+    _gated_norm_forward_kernel[_programs(rows, width), groups, models](
+        x, gate, weight, bias, y, rows, C, width, x.stride(0), gate.stride(0), weight.stride(0),
+        0 if bias is None else bias.stride(0), eps, GATE_FIRST=bias is None, **_cut(width),
+    )  # fmt: skip
+
+
+def run_backward(
+    x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor,
+    dx: Tensor, dgate: Tensor, dweight: Tensor, dbias: Tensor | None, groups: int, eps: float,
+) -> None:  # fmt: skip
+    """Write the gradients of x and gate, whose rows may lie apart, and the sums of each program (``sums_shape``)."""
+    B, T, C = x.shape
+    models, width = weight.shape[0], C // groups
+    rows = B // models * T
+    x, gate, dy, weight = _as_rows(x), _as_rows(gate), _as_rows(dy), with_dense_models(weight)
+    bias = None if bias is None else with_dense_models(bias)
+    _gated_norm_backward_kernel[_programs(rows, width), groups, models](
+        x, gate, weight, bias, dy, dx, dgate, dweight, dbias,
+        rows, C, width, x.stride(0), gate.stride(0), dy.stride(0), dgate.stride(1), weight.stride(0),
+        0 if bias is None else bias.stride(0), eps, GATE_FIRST=bias is None, **_cut(width),
+    )  # fmt: skip
+
+
+def sums_shape(x: Sequence[int], models: int, groups: int) -> tuple[int, int]:
+    """Of the gradient of weights, or of biases, before it is added up over each model's programs."""
+    B, T, C = x
+    return models * _programs(B // models * T, C // groups), C
+
+
+@operator("gated_norm_triton")
+def _forward(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps: float) -> Tensor:
+    y = gate.new_empty(x.shape)
     with torch.cuda.device_of(x):
-        _gated_norm_forward_kernel[_programs(rows, width), groups, models](
-            x, gate, weight, bias, y, rows, C, width, x.stride(0), gate.stride(0), weight.stride(0),
-            0 if bias is None else bias.stride(0), eps, GATE_FIRST=bias is None, **_cut(width),
-        )  # fmt: skip
+        run_forward(x, gate, weight, bias, y, groups, eps)
     return y
 
 
@@ -156,31 +186,18 @@ def _backward(
     x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x and gate; of weight and bias each program's sums [models*programs,C]."""
-    B, T, C = x.shape
-    models, width = weight.shape[0], C // groups
-    rows = B // models * T
-    programs = _programs(rows, width)
     dx, dgate = x.new_empty(x.shape), gate.new_empty(x.shape)
-    dweight = x.new_empty(models * programs, C, dtype=torch.float32)
+    dweight = x.new_empty(sums_shape(x.shape, weight.shape[0], groups), dtype=torch.float32)
     dbias = x.new_empty((0,) if bias is None else dweight.shape, dtype=torch.float32)
-    x, gate, dy, weight = _as_rows(x), _as_rows(gate), _as_rows(dy), with_dense_models(weight)
-    bias = None if bias is None else with_dense_models(bias)
     with torch.cuda.device_of(x):
-        _gated_norm_backward_kernel[programs, groups, models](
-            x, gate, weight, bias, dy, dx, dgate, dweight, dbias,
-            rows, C, width, x.stride(0), gate.stride(0), dy.stride(0), weight.stride(0),
-            0 if bias is None else bias.stride(0), eps, GATE_FIRST=bias is None, **_cut(width),
-        )  # fmt: skip
+        run_backward(x, gate, weight, bias, dy, dx, dgate, dweight, dbias, groups, eps)
     return dx, dgate, dweight, dbias
 
 
 @_backward.register_fake
 def _(x, gate, weight, bias, dy, groups, eps):
-    B, T, C = x.shape
-    models = weight.shape[0]
-    rows = models * _programs(B // models * T, C // groups)
-    dbias = x.new_empty((0,) if bias is None else (rows, C), dtype=torch.float32)
-    dweight = x.new_empty(rows, C, dtype=torch.float32)
+    dweight = x.new_empty(sums_shape(x.shape, weight.shape[0], groups), dtype=torch.float32)
+    dbias = x.new_empty((0,) if bias is None else dweight.shape, dtype=torch.float32)
     return x.new_empty(x.shape), gate.new_empty(x.shape), dweight, dbias
 
 

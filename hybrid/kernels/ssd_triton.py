@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +13,13 @@ from torch import Tensor
 from hybrid.kernels.carry import carry
 from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
-from hybrid.kernels.ssd_programs import ssd_backward_kernel, ssd_forward_kernel, ssd_walk_kernel
+from hybrid.kernels.ssd_programs import (
+    ssd_backward_kernel,
+    ssd_forward_kernel,
+    ssd_shared_backward_kernel,
+    ssd_steps_kernel,
+    ssd_walk_kernel,
+)
 from hybrid.kernels.tiles import (
     check_dtypes,
     power_of_two,
@@ -23,6 +31,8 @@ from hybrid.kernels.tiles import (
 
 _STATE = torch.float32
 _COLUMNS = 64  # of a state, at most, a program that walks the chunks
+_REGISTERS = 168  # of a thread, at most: three programs on a processor of an H100, 65 us where there were 79
+_STEPS = 1024  # numbers that a program of ``ssd_steps_kernel`` has
 _BUSY = 2**19  # numbers in the states of all sequences, above which one program walks all chunks
 
 
@@ -42,32 +52,119 @@ def choose(T: int, P: int, N: int, dtype: torch.dtype) -> Launch:
     return Launch(min(longest, power_of_two(T)), 8 if wide else 4)
 
 
-def _border_shape(x: Tensor, N: int, stateful: bool) -> tuple[int, ...]:
-    batch, T, H, P = x.shape
-    chunk = choose(T, P, N, x.dtype).chunk
-    return (batch, H, (T + chunk - 1) // chunk, P, N) if stateful or chunk < T else (0,)
+def chunks_of(T: int, P: int, N: int, dtype: torch.dtype) -> int:
+    return -(-T // choose(T, P, N, dtype).chunk)
 
 
-def _between(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, outer: Tensor | None, states: Tensor, last: Tensor,
-    sizes: tuple[int, ...], launch: Launch, back: bool,
-) -> None:  # fmt: skip
+def border_shape(x: Sequence[int], N: int, dtype: torch.dtype, stateful: bool = False) -> tuple[int, ...]:
+    """Of the states that enter the chunks of x [batch,T,H,P]; they have its precision, as products with them have.
+
+    None are needed for one chunk without a state before or after it.
+    """
+    batch, T, H, P = x
+    chunks = chunks_of(T, P, N, dtype)
+    return (batch, H, chunks, P, N) if stateful or chunks > 1 else (0,)
+
+
+class Inputs:
+    """The recurrence's inputs as its kernels read them: copied where they lie otherwise.
+
+    A and D are [models,H], the rest as for ``hybrid.kernels.ssd``; with ``raw``, as ``ssd_programs.py`` says.
+    """
+
+    def __init__(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, raw: bool = False
+    ) -> None:
+        batch, T, H, P = x.shape
+        G, N = B.shape[-2:]
+        self.launch = choose(T, P, N, x.dtype)
+        self.x, self.B, self.C = (with_dense_heads(t) for t in (x, B, C))
+        self.dt, self.A, self.D = with_dense_rows(dt), with_dense_models(A), None if D is None else with_dense_models(D)
+        self.raw = raw
+        self.chunks = triton.cdiv(T, self.launch.chunk)
+        self.sizes = T, H, G, P, N, batch // A.shape[0], self.chunks, self.A.stride(0)
+
+    def constants(self, borders: Tensor) -> dict[str, Any]:
+        """Of all kernels but the walk."""
+        P, N = self.x.shape[3], self.B.shape[3]
+        return {
+            "RAW": self.raw, "L": self.launch.chunk, "BP": power_of_two(P), "BN": power_of_two(N),
+            "STATE": borders.numel() > 0, "num_warps": self.launch.num_warps, "num_stages": 1,
+        }  # fmt: skip
+
+
+def between(
+    given: Inputs, x: Tensor, B: Tensor, outer: Tensor | None, states: Tensor, last: Tensor, back: bool
+) -> None:
     """Fill ``states`` [batch,H,chunks,P,N] and, unless it is empty, ``last``, as ``ssd_walk_kernel`` says."""
     batch, H, chunks, P, N = states.shape
+    launch = given.launch
     some = min(_COLUMNS, power_of_two(N))
     # States of many sequences keep a GPU busy, and reading them once more costs more than a walk. Few are added up from
     # parts in the inputs' precision, which rounds them a little more.
     each = chunks if batch * H * P * N > _BUSY else 1
     outer = None if outer is None else outer.contiguous()
-    left = dt.new_empty((0,) if each == chunks else (batch, H, chunks), dtype=_STATE)
+    left = x.new_empty((0,) if each == chunks else (batch, H, chunks), dtype=_STATE)
     own = outer is not None and each == chunks
     ssd_walk_kernel[batch * H, triton.cdiv(N, some), triton.cdiv(chunks, each)](
-        x, dt, A, B, outer, states, last, left, *sizes, each, *strides(x, dt, B),
+        x, given.dt, given.A, B, outer, states, last, left, *given.sizes, each, *strides(x, given.dt, B),
         L=launch.chunk, BP=power_of_two(P), BN=some, OUTER=own, LAST=last.numel() > 0, LEFT=left.numel() > 0, BACK=back,
-        num_warps=launch.num_warps,
+        RAW=given.raw, num_warps=launch.num_warps,
     )  # fmt: skip
     if each < chunks:
         carry(states, left, outer, last, back)
+
+
+def run_steps(raw: Tensor, bias: Tensor, dt: Tensor) -> None:
+    """Write dt [batch,T,H] float32, softplus(raw + bias), for bias [models,H]."""
+    batch, T, H = raw.shape
+    models, block = bias.shape[0], power_of_two(H)
+    steps, bias, raw = batch // models * T, with_dense_models(bias), with_dense_rows(raw).flatten(0, 1)
+    rows = max(1, _STEPS // block)
+    ssd_steps_kernel[triton.cdiv(steps, rows), models](
+        raw, bias, dt, steps, H, bias.stride(0), raw.stride(0), ROWS=rows, BH=block, num_warps=4
+    )
+
+
+def run_forward(given: Inputs, y: Tensor, borders: Tensor, initial_state: Tensor | None, final_state: Tensor) -> None:
+    """Write y [batch,T,H,P], the states that enter the chunks and the final one, unless they are empty."""
+    x, dt, A, B, C, D = given.x, given.dt, given.A, given.B, given.C, given.D
+    if borders.numel():
+        between(given, x, B, initial_state, borders, final_state, back=False)
+    ssd_forward_kernel[x.shape[0] * x.shape[2], given.chunks](
+        x, dt, A, B, C, D, borders, y, *given.sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C),
+        SKIP=D is not None, **given.constants(borders),
+    )  # fmt: skip
+
+
+def run_backward(
+    given: Inputs, borders: Tensor, dy: Tensor, dfinal: Tensor | None,
+    dx: Tensor, ddt: Tensor, dB: Tensor, dC: Tensor, sums: Tensor, dinitial: Tensor, fill: int = 0,
+) -> None:  # fmt: skip
+    """Write the gradients, ``dinitial`` unless it is empty.
+
+    dx [batch,T,H,P], dB and dC [batch,T,G,N] lie as inputs may, ddt [batch,T,H] with room for ``fill`` zeros after it.
+    ``sums`` [batch,chunks,2,H] is for A and D; with raw numbers [batch,chunks,3,H], for the bias of dt as well.
+    """
+    x, dt, A, B, C, D = given.x, given.dt, given.A, given.B, given.C, given.D
+    batch, _, H, _ = x.shape
+    length = given.launch.chunk
+    borders, dy = borders.contiguous(), with_dense_heads(dy)
+    dstates = torch.empty_like(borders)
+    dscores = x.new_empty(batch, H, given.chunks, length, length)
+    if borders.numel():
+        between(given, dy, C, dfinal, dstates, dinitial, back=True)
+    # Without states a program does with fewer registers than the compiler takes, so that more fit on a processor.
+    fewer = {} if borders.numel() or x.dtype == torch.float32 else {"maxnreg": _REGISTERS}
+    ssd_backward_kernel[batch * H, given.chunks](
+        x, dt, A, B, C, D, borders, dstates, dy, dx, ddt, dscores, sums,
+        *given.sizes, 0 if D is None else D.stride(0), fill, *strides(x, dt, B, C, dy, dx, ddt),
+        SKIP=D is not None, **given.constants(borders), **fewer,
+    )  # fmt: skip
+    ssd_shared_backward_kernel[batch * B.shape[2], given.chunks, 2](
+        x, dt, A, B, C, borders, dstates, dy, dscores, dB, dC,
+        *given.sizes, *strides(x, dt, B, C, dy, dB, dC), **given.constants(borders),
+    )  # fmt: skip
 
 
 @operator("ssd_triton")
@@ -78,25 +175,13 @@ def _forward(
 
     The states take N/chunk times y's memory, without a gradient until the call returns.
     """
-    batch, T, H, P = x.shape
-    G, N = B.shape[-2:]
-    launch = choose(T, P, N, x.dtype)
-    chunks, rows, columns = triton.cdiv(T, launch.chunk), power_of_two(P), power_of_two(N)
+    batch, _, H, P = x.shape
+    N = B.shape[-1]
     y = x.new_empty(x.shape)
     final_state = x.new_empty((batch, H, P, N) if final else (0,), dtype=_STATE)
-    # In the inputs' precision, which the products that read them have anyway.
-    borders = x.new_empty(_border_shape(x, N, final or initial_state is not None))
-    x, B, C = (with_dense_heads(t) for t in (x, B, C))
-    dt, A, D = with_dense_rows(dt), A.contiguous(), None if D is None else with_dense_models(D)
-    sizes = T, H, G, P, N, batch // A.shape[0], chunks
+    borders = x.new_empty(border_shape(x.shape, N, x.dtype, final or initial_state is not None))
     with torch.cuda.device_of(x):
-        if borders.numel():
-            _between(x, dt, A, B, initial_state, borders, final_state, sizes, launch, back=False)
-        ssd_forward_kernel[batch * H, chunks](
-            x, dt, A, B, C, D, borders, y, *sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C),
-            L=launch.chunk, BP=rows, BN=columns, SKIP=D is not None, STATE=borders.numel() > 0,
-            num_warps=launch.num_warps, num_stages=1,
-        )  # fmt: skip
+        run_forward(Inputs(x, dt, A, B, C, D), y, borders, initial_state, final_state)
     return y, final_state, borders
 
 
@@ -105,49 +190,33 @@ def _(x, dt, A, B, C, D, initial_state, final):
     batch, _, H, P = x.shape
     N = B.shape[-1]
     final_state = x.new_empty((batch, H, P, N) if final else (0,), dtype=_STATE)
-    return x.new_empty(x.shape), final_state, x.new_empty(_border_shape(x, N, final or initial_state is not None))
+    borders = x.new_empty(border_shape(x.shape, N, x.dtype, final or initial_state is not None))
+    return x.new_empty(x.shape), final_state, borders
 
 
 @operator("ssd_triton_backward")
 def _backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, borders: Tensor, dy: Tensor,
     dfinal: Tensor | None, initial: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients; of A and D by chunk [batch,chunks,H], of B and C by head [batch,T,H,N]: see ``_autograd``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x, dt, B and C; of A and D by chunk [batch,chunks,2,H]; of the initial state."""
     batch, T, H, P = x.shape
-    G, N = B.shape[-2:]
-    launch = choose(T, P, N, x.dtype)
-    chunks, rows, columns = triton.cdiv(T, launch.chunk), power_of_two(P), power_of_two(N)
-    dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
-    dA, dD = (x.new_empty(batch, chunks, H, dtype=torch.float32) for _ in range(2))
-    dB, dC = (t.new_empty(batch, T, H, N) for t in (B, C))
+    N = B.shape[-1]
+    dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
+    sums = x.new_empty(batch, chunks_of(T, P, N, x.dtype), 2, H, dtype=torch.float32)
     dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
-    borders = borders.contiguous()
-    dstates = torch.empty_like(borders)
-    x, B, C, dy = (with_dense_heads(t) for t in (x, B, C, dy))
-    dt, A, D = with_dense_rows(dt), A.contiguous(), None if D is None else with_dense_models(D)
-    sizes = T, H, G, P, N, batch // A.shape[0], chunks
     with torch.cuda.device_of(x):
-        if borders.numel():
-            _between(dy, dt, A, C, dfinal, dstates, dinitial, sizes, launch, back=True)
-        ssd_backward_kernel[batch * H, chunks](
-            x, dt, A, B, C, D, borders, dstates, dy, dx, ddt, dA, dB, dC, dD,
-            *sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C, dy),
-            L=launch.chunk, BP=rows, BN=columns, SKIP=D is not None, STATE=borders.numel() > 0,
-            num_warps=launch.num_warps, num_stages=1,
-        )  # fmt: skip
-    return dx, ddt, dA, dB, dC, dD, dinitial
+        run_backward(Inputs(x, dt, A, B, C, D), borders, dy, dfinal, dx, ddt, dB, dC, sums, dinitial)
+    return dx, ddt, dB, dC, sums, dinitial
 
 
 @_backward.register_fake
 def _(x, dt, A, B, C, D, borders, dy, dfinal, initial):
     batch, T, H, P = x.shape
     N = B.shape[-1]
-    chunk = choose(T, P, N, x.dtype).chunk
     dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
-    dA, dD = (x.new_empty(batch, (T + chunk - 1) // chunk, H, dtype=torch.float32) for _ in range(2))
-    dB, dC = (t.new_empty(batch, T, H, N) for t in (B, C))
-    return x.new_empty(x.shape), dt.new_empty(dt.shape), dA, dB, dC, dD, dinitial
+    sums = x.new_empty(batch, chunks_of(T, P, N, x.dtype), 2, H, dtype=torch.float32)
+    return *(t.new_empty(t.shape) for t in (x, dt, B, C)), sums, dinitial
 
 
 def _setup_context(ctx, inputs, output):
@@ -161,15 +230,12 @@ def _autograd(ctx, dy, dfinal, _dborders):
     if dy is None:
         dy = torch.zeros_like(inputs[0])
     grads = _backward(*inputs, borders, dy, dfinal if ctx.final else None, ctx.initial)
-    dx, ddt, dA, dB, dC, dD, dinitial = grads
-    # Sums over heads that share B and C, and over each model's sequences: here, where a compiler can fuse them.
-    x, _, A, B, _, D = inputs
-    H, G = x.shape[2], B.shape[2]
-    if G < H:
-        dB, dC = (t.unflatten(2, (G, H // G)).sum(3) for t in (dB, dC))
-    dA = dA.view(A.shape[0], -1, H).sum(1).to(A.dtype)
-    dD = None if D is None else dD.view(A.shape[0], -1, H).sum(1).to(D.dtype)
-    return dx, ddt, dA, dB, dC, dD, dinitial if ctx.initial else None, None
+    dx, ddt, dB, dC, sums, dinitial = grads
+    # Over each model's sequences: here, where a compiler can fuse the sum.
+    A, D = inputs[2], inputs[5]
+    dA, dD = sums.view(A.shape[0], -1, *sums.shape[2:]).sum(1).unbind(1)
+    dD = None if D is None else dD.to(D.dtype)
+    return dx, ddt, dA.to(A.dtype), dB, dC, dD, dinitial if ctx.initial else None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

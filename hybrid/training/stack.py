@@ -11,6 +11,7 @@ CUDA the second runs on a stream of its own, forward and (as autograd keeps to t
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ torch._dynamo.config.recompile_limit = max(1024, torch._dynamo.config.recompile_
 torch._dynamo.config.accumulated_recompile_limit = max(4096, torch._dynamo.config.accumulated_recompile_limit)
 
 SMALL_VOCABULARY = 256
+PRODUCTS = 64  # at the same time, in which small matrices meet the steps of all members
 
 
 @dataclass
@@ -130,7 +132,7 @@ class Stack:
                 outputs = self.branch_outputs([(branch, of[branch], inputs[branch.form]) for branch in branches])
                 x, *normed = self.run(after, of[after], x, norms[i + 1], *outputs)
                 inputs = dict(zip(self.forms, normed, strict=True))
-        return torch.einsum("mbtd,mvd->mbtv", inputs[self.forms[-1]], values["embedding.weight"])
+        return many_by_few(inputs[self.forms[-1]], values["embedding.weight"].mT)
 
     def branch_outputs(self, calls: list[tuple[Branch, dict[str, Tensor], Tensor]]) -> list[Tensor]:
         """What every branch of a block makes of its input [members, B, T, d], with its values."""
@@ -165,12 +167,25 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
     Of a small vocabulary as a product with ones and zeros: exact, and its gradient is a product as well, where that of
     a look-up sorts the tokens first.
     """
-    V, d = weight.shape[1:]
+    V = weight.shape[1]
     if V > SMALL_VOCABULARY:
         return torch.stack([F.embedding(t, w) for t, w in zip(tokens, weight, strict=True)])
-    is_token = tokens.flatten(1).unsqueeze(-1) == torch.arange(V, device=tokens.device)
+    is_token = tokens.unsqueeze(-1) == torch.arange(V, device=tokens.device)
     with torch.autocast(weight.device.type, enabled=False):
-        return (is_token.to(weight.dtype) @ weight).view(*tokens.shape, d)
+        return many_by_few(is_token.to(weight.dtype), weight)
+
+
+def many_by_few(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight`` for x [members, B, T, k] and a weight [members, k, n] of each member.
+
+    The gradient of a small weight is a few long sums, which libraries give to a few programs where there are several
+    members: here in pieces, which are added up.
+    """
+    members, B, T = x.shape[:3]
+    small = members > 1 and max(weight.shape[1:]) <= SMALL_VOCABULARY
+    pieces = math.gcd(B * T, max(1, PRODUCTS // members)) if small else 1
+    parts = weight.unsqueeze(1).expand(-1, pieces, -1, -1)
+    return (x.reshape(members, pieces, -1, x.shape[-1]) @ parts).view(members, B, T, -1)
 
 
 class Branch(nn.Module):

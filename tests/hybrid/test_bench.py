@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hybrid.bench import document, floor, gpu, matrix, memory
 from hybrid.bench.__main__ import main
@@ -153,6 +155,7 @@ def test_a_matrix_on_the_cpu(shared: tuple[str, ...], tmp_path: Path, capsys: py
     assert found["schema"] == "groundthink.bench/1" and found["command"] == "matrix"
     assert {"device", "cpu", "versions", "code", "targets", "notes", "arguments", "started", "seconds"} <= found.keys()
     assert found["versions"]["torch"] and found["device"]["copy_gb_per_s"] > 0
+    assert found["device"]["bytecode"] == Path(importlib.util.cache_from_source(torch.__file__)).exists()
     rows = {one["name"]: one for one in found["rows"]}
     measured = {"baseline", "batch 16", "bfloat16"}
     assert {name for name, one in rows.items() if one["status"] == "ok"} == measured

@@ -35,7 +35,8 @@ LOW = {"low", "dlow", "weight", "shifted", "ds", *(f"p{k}" for k in range(5))}
 NUMBERS = {"weight_decay", "beta2", "log_beta1", "log_beta2", "one_minus_beta1", "one_minus_beta2", "eps", "max_norm"}
 NUMBERS |= {"norm_eps"}
 WKV6 = {"C": 16, "LEVELS": 3, "BK": 16, "BV": 32, "AHEAD": 64, "PRECISION": "tf32", "GIVEN": False, "RAW": True}
-SSD = {"L": 64, "BP": 64, "BN": 128}
+SSD = {"RAW": True, "L": 64, "BP": 64, "BN": 128}
+COOKED = {**SSD, "RAW": False}
 DDLERP = {"PRECISION": "tf32", "MIXES": 5, "STEPS": 64, "BD": 128, "BR": 32}
 
 
@@ -81,13 +82,15 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
         {"num_warps": 4, **FLAT},
     ),
     "wkv6 parts back": (wkv6_programs.wkv6_parts_kernel, {**PARTS, "BACK": True}, set(), {"num_warps": 2}),
+    "ssd steps": (ssd_programs.ssd_steps_kernel, {"ROWS": 64, "BH": 16}, set(), {"num_warps": 4}),
     "ssd forward, one chunk": (
         ssd_programs.ssd_forward_kernel, {**SSD, "SKIP": True, "STATE": False}, {"borders"}, {"num_warps": 4, **FLAT}
     ),
     "ssd forward": (
-        ssd_programs.ssd_forward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D"}, {"num_warps": 4, **FLAT}
+        ssd_programs.ssd_forward_kernel, {**COOKED, "SKIP": False, "STATE": True}, {"D"},
+        {"num_warps": 4, **FLAT},
     ),
-    "ssd walk": (ssd_programs.ssd_walk_kernel, {**SSD, **ENDS, "BACK": False}, set(), {"num_warps": 4}),
+    "ssd walk": (ssd_programs.ssd_walk_kernel, {**COOKED, **ENDS, "BACK": False}, set(), {"num_warps": 4}),
     "ssd parts": (
         ssd_programs.ssd_walk_kernel, {**SSD, **ENDS, "OUTER": False, "LEFT": True, "BACK": False}, {"outer"},
         {"num_warps": 4},
@@ -100,7 +103,18 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str], dict[str, int]]] = {
         {"num_warps": 4, **FLAT},
     ),
     "ssd backward": (
-        ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": False, "STATE": True}, {"D", "dD"}, {"num_warps": 4, **FLAT}
+        ssd_programs.ssd_backward_kernel, {**SSD, "SKIP": True, "STATE": True}, set(), {"num_warps": 4, **FLAT}
+    ),
+    "ssd backward without a skip": (
+        ssd_programs.ssd_backward_kernel, {**COOKED, "SKIP": False, "STATE": True}, {"D"},
+        {"num_warps": 4, **FLAT},
+    ),
+    "ssd backward, shared, one chunk": (
+        ssd_programs.ssd_shared_backward_kernel, {**SSD, "STATE": False}, {"borders", "dstates"},
+        {"num_warps": 4, **FLAT},
+    ),
+    "ssd backward, shared": (
+        ssd_programs.ssd_shared_backward_kernel, {**SSD, "STATE": True}, set(), {"num_warps": 4, **FLAT}
     ),
     "ssd walk back": (ssd_programs.ssd_walk_kernel, {**SSD, **ENDS, "BACK": True}, set(), {"num_warps": 4}),
     "ddlerp forward": (ddlerp_triton._ddlerp_forward_kernel, DDLERP, set(), {"num_warps": 8}),
@@ -156,7 +170,7 @@ IN_FLOAT32 += ["norm then gate, backward, narrowest", "gate then norm, backward,
 def test_compiles(case: str, wide: bool) -> None:
     kernel, constants, absent, options = CASES[case]
     op = case.split()[0].rstrip(",")
-    half = HALF | {"wkv6": {"a", "b"}, "ssd": {"borders", "states"}, "ddlerp": LOW}.get(op, set())
+    half = HALF | {"wkv6": {"a", "b"}, "ssd": {"borders", "states", "dscores", "ddt"}, "ddlerp": LOW}.get(op, set())
     half -= {"ddlerp": {"x", "dx"}}.get(op, set())  # the residual stream
     if wide:
         half, options = set(), options | FLAT

@@ -18,9 +18,16 @@ import torch
 assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 has to be set before Triton is imported"
 
 from hybrid import kernels  # noqa: E402
-from hybrid.kernels import conv_triton, ddlerp_linear_triton, norms_triton, ssd_triton, wkv6_triton  # noqa: E402
+from hybrid.kernels import (  # noqa: E402
+    conv_triton,
+    ddlerp_linear_triton,
+    mamba2_triton,
+    norms_triton,
+    ssd_triton,
+    wkv6_triton,
+)
 from hybrid.kernels.carry import carry  # noqa: E402
-from tests.hybrid import test_conv, test_ddlerp, test_norms  # noqa: E402
+from tests.hybrid import test_conv, test_ddlerp, test_mamba2_between, test_norms  # noqa: E402
 from tests.hybrid.recurrences import ssd_reference, with_gaps, wkv6_of_raw_decays, wkv6_reference  # noqa: E402
 from tests.hybrid.test_kernels import compare, relative_error, ssd_inputs, wkv6_inputs  # noqa: E402
 
@@ -340,6 +347,21 @@ def test_operators_of_the_convolution_keep_their_promises() -> None:
     torch.library.opcheck(conv_triton._forward, args)
     backward = [*(t.detach() for t in args), share]
     torch.library.opcheck(conv_triton._backward, backward, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("shape", test_mamba2_between.SHAPES[1:3], ids=str)
+def test_operators_of_a_layer_of_mamba2_keep_their_promises(shape: tuple[int, ...]) -> None:
+    zxBCdt, *own, share = test_mamba2_between.inputs(shape, "float32", "cpu")
+    own[0] = conv_triton.filled(own[0])
+    args = [zxBCdt.nan_to_num().requires_grad_(), *(t[None].requires_grad_() for t in own)]
+    # Not with sizes that stand for any: PyTorch's algebra takes minutes with these, and nothing here compiles so.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(mamba2_triton._forward, (*args, shape[4], 1e-5), test_utils=checks)
+    args = [t.detach() for t in args]
+    _, *kept = mamba2_triton._forward(*args, shape[4], 1e-5)
+    torch.library.opcheck(
+        mamba2_triton._backward, (*args, *kept, share, shape[4], 1e-5), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("kind", test_norms.KINDS)
