@@ -47,14 +47,9 @@ def run(session: Session) -> None:
     document.note(f"floor: {FORMULA}; over the copy bandwidth measured here, {bandwidth:,.0f} GB/s")
     document.note(
         f"loss: mean of the last tenth of the first {steps} steps, deviation from the plain eager path on the same "
-        f"batches (! above {DEVIATION}); first step: seconds from starting the process, caches of compiled kernels "
-        "warm, cold or in part; GiB: peak allocated after the first step"
+        f"batches (! above {DEVIATION}); GiB: peak allocated after the first step"
     )
-    if not session.device.get("bytecode", True):
-        document.note(
-            "first step: Python keeps no bytecode of torch here, so every process compiles thousands of modules again; "
-            "PYTHONPYCACHEPREFIX names a folder for it, and PYTHONDONTWRITEBYTECODE must not be set"
-        )
+    document.note(of_first_steps(session.device))
     for shape in options.shapes:
         batch, length = shape
         group = f"{batch} x {length}"
@@ -78,6 +73,17 @@ def run(session: Session) -> None:
             relate(rows, bandwidth)
     judge(session)
     session.table("training steps: hybrid_5m, gated, bfloat16", COLUMNS)
+
+
+def of_first_steps(device: Row) -> str:
+    """What the seconds to a first step are, and whether they have more in them than a first step needs."""
+    note = "first step: seconds from starting the process, caches of compiled kernels warm, cold or in part"
+    if device.get("bytecode", True):
+        return note
+    return (
+        f"{note}; Python keeps no bytecode of torch here, so each process compiles thousands of modules again: "
+        "PYTHONPYCACHEPREFIX names a folder for it, PYTHONDONTWRITEBYTECODE must not be set"
+    )
 
 
 def relate(rows: list[Row], bandwidth: float) -> None:

@@ -3,7 +3,7 @@
 ``wkv6`` is RWKV-6 (Finch), ``ssd`` is Mamba-2. Backends:
 
 - ``torch``: chunked matrix products in plain PyTorch, any device, the default on CPU (``wkv6.py``, ``ssd.py``);
-- ``triton``: one to three kernels forward and backward each, CUDA (``wkv6_triton.py``, ``ssd_triton.py``, the
+- ``triton``: one to four kernels forward and backward each, CUDA (``wkv6_triton.py``, ``ssd_triton.py``, the
   ``_programs`` of both, and ``carry.py``);
 - ``fla`` for ``wkv6``: the Triton kernels of flash-linear-attention, CUDA only (``wkv6_fla.py``);
 - ``mamba_ssm`` for ``ssd``: the Triton kernels of mamba_ssm, CUDA only (``ssd_mamba.py``);
@@ -136,8 +136,8 @@ def mamba2_backend(
     fits = _rounded(head_dim) * _rounded(state_size) <= LARGEST_STATE
     fused = (
         _by_kernels("ssd", backend, device_type)
-        and (fits or backend != "triton")
-        and serving_backend("ssd", backend, device_type, steps, fits) == "triton"
+        and fits
+        and serving_backend("ssd", backend, device_type, steps) == "triton"
         and conv_backend(backend, device_type, filter_width) == "triton"
         and norm_backend("ssd", backend, device_type, norm_width) == "triton"
     )
@@ -281,15 +281,21 @@ def mamba2_between(
     ``causal_conv`` with filters [C,K] and their bias [C], ``ssd`` with ``dt = softplus(dt + dt_bias)`` and
     ``A = -exp(A_log)``, D [H], and ``gate_then_norm`` with ``norm`` [inner], from an empty state. Returns [B,T,inner].
     """
-    inner, H = norm.shape[0], D.shape[0]
-    T, width = zxBCdt.shape[1:]
-    state, rest = divmod(filters.shape[0] - inner, 2 * groups)
+    inner, H = norm.shape[0], max(1, D.shape[0])
+    T, width = zxBCdt.shape[-2:]
+    N, rest = divmod(filters.shape[0] - inner, 2 * groups)
     fill = width - inner - filters.shape[0] - H
-    of_heads, of_filters = dt_bias.shape == A_log.shape == D.shape, filter_bias.shape == filters.shape[:1]
-    if inner % H or H % groups or rest or state < 1 or not 0 <= fill < 16 or not of_heads or not of_filters:
+    of_heads, of_filters = dt_bias.shape == A_log.shape == D.shape == (H,), filter_bias.shape == filters.shape[:1]
+    fits = not (inner % H or H % groups or rest) and N > 0 and 0 <= fill < 16
+    if zxBCdt.dim() != 3 or not fits or not of_heads or not of_filters:
         named = {"zxBCdt": zxBCdt, "filters": filters, "filter_bias": filter_bias, "dt_bias": dt_bias, "A_log": A_log}
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in (named | {"D": D, "norm": norm}).items())
         raise ValueError(f"mamba2_between needs zxBCdt [B,T,2 inner + 2 groups N + H] and parts that fit; got {shapes}")
+    if eps <= 0:
+        raise ValueError(f"mamba2_between needs an eps above 0, got {eps}")
+    held = _rounded(inner // H) * _rounded(N) <= LARGEST_STATE and inner // groups <= WIDEST_NORM
+    if not held or filters.shape[1] > LONGEST_FILTER:
+        raise ValueError("the heads, norms or filters are too large for the kernels of mamba2_between")
     if T == 0:
         raise ValueError("mamba2_between needs at least one step, got T=0")
     from hybrid.kernels.mamba2_triton import mamba2_triton
@@ -323,6 +329,8 @@ def ddlerp_linear(
         raise ValueError("ddlerp_linear needs at least one step, got T=0")
     outputs = max(p.shape[0] for p in projections)
     serving = ddlerp_backend(backend, x.device.type, D, low.shape[2] // MIXES, outputs, low.dtype)
+    if serving != "torch":  # what is read five times, in the precision of the products that follow
+        x, delta = x.to(low.dtype), delta.to(low.dtype)
     if serving == "triton fused":
         from hybrid.kernels.ddlerp_linear_triton import ddlerp_linear_triton
 

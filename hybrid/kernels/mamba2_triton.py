@@ -80,7 +80,10 @@ def _backward(
     zxBCdt: Tensor, filters: Tensor, filter_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, norm: Tensor,
     dt: Tensor, convolved: Tensor, y: Tensor, borders: Tensor, dout: Tensor, groups: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradient of the first; of filters, of A, D and dt_bias, and of the norm's weight what is to be added up."""
+    """dzxBCdt, and what is to be added up over each model's programs.
+
+    For filters and their bias [B,programs,5,C], for A_log, D and dt_bias [B,chunks,3,H], for norm [programs,inner].
+    """
     layout = Layout(zxBCdt, filters, D, norm, groups)
     dzxBCdt, of_filters, of_steps, of_norm = layout.empty_gradients(zxBCdt, norm.shape[0])
     dy, dconvolved = torch.empty_like(y), torch.empty_like(convolved)

@@ -149,7 +149,7 @@ def run_backward(
     x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor,
     dx: Tensor, dgate: Tensor, dweight: Tensor, dbias: Tensor | None, groups: int, eps: float,
 ) -> None:  # fmt: skip
-    """Write the gradients of x and gate, whose rows may lie apart, and the sums of each program (``sums_shape``)."""
+    """Write dx [B,T,C], dgate, whose rows may lie evenly apart, and the sums of each program (``sums_shape``)."""
     B, T, C = x.shape
     models, width = weight.shape[0], C // groups
     rows = B // models * T

@@ -1,4 +1,4 @@
-"""The Mamba-2 recurrence as one to three Triton kernels each way (why: ``wkv6_programs.py``).
+"""The Mamba-2 recurrence as one to four Triton kernels each way (why: ``wkv6_programs.py``).
 
 A program has one chunk of one head of one sequence. With h the state that enters it, a_t = dt_t A,
 upto_i = a_1 + ... + a_i and total = upto_L::
@@ -12,8 +12,8 @@ all chunks at the same time, and another finds the states (``carry``). Products 
 (TF32 for float32) and add up in float32; exponents are float32 and at most zero. The gradient of a_t sums every term
 whose exponent holds it; the terms i = j hold none and are kept out of the sums that cancel.
 
-The heads of a group share B and C. Backward, a head's program writes the gradients of its C_i . B_j, a quarter of those
-of B and C, and another kernel adds these up over the heads and makes the products that remain.
+The heads of a group share B and C. Backward, a head's program writes the gradients of its C_i . B_j, L / 2N as many as
+those of B and C, and another kernel adds these up over the heads and makes the products that remain.
 
 RAW means numbers as a layer of Mamba-2 holds them: A is the logarithm of -A, and gradients are those of the logarithm
 and of what dt is the softplus of (``ssd_steps_kernel``).
@@ -42,7 +42,7 @@ def ssd_steps_kernel(raw_ptr, bias_ptr, dt_ptr, steps, H, bias_model, raw_step, 
     one = 1.0 + grown
     # log(1 + grown) to the last digit: the last factor makes up for what rounding did to the sum.
     small = tl.where(one == 1.0, grown, tl.log(one) * (grown / tl.where(one == 1.0, 1.0, one - 1.0)))
-    store(dt_ptr + model * steps * H, tl.where(u > 20.0, u, small), first, steps, H, H, ROWS, BH)
+    store(dt_ptr + model * steps * H, tl.where(u <= 20.0, small, u), first, steps, H, H, ROWS, BH)
 
 
 @triton.jit
@@ -181,7 +181,8 @@ def ssd_backward_kernel(
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
     dy = load(dy_ptr + b * dy_batch + h * P, first, T, dy_step, P, L, BP).to(low)
-    dweighted = tl.dot(dy, tl.trans(x))  # of (weighted scores) dt
+    # Of (weighted scores) dt. Of float32 three products of TF32: the gradients of all but x are made of these.
+    dweighted = tl.dot(dy, tl.trans(x), input_precision="tf32x3")
     if SKIP:
         tl.store(sums_ptr + H, tl.sum(tl.sum(tl.where(i == j, dweighted, 0.0), 1), 0))
     dscores = dweighted * decay * dt[None, :]
@@ -206,7 +207,15 @@ def ssd_backward_kernel(
         from_state = tl.dot(C, tl.trans(state)) * tl.exp(upto)[:, None]
         later += tl.sum(from_state * dy.to(tl.float32), 1)
         da = tl.sum(tl.where(i >= j, later[:, None], (earlier * dt)[:, None]), 0)
-        da += tl.exp(total) * tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+        if BP * BN <= 64 * 128:
+            product = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+        else:  # which do not fit into registers side by side
+            product = 0.0
+            for p in range(0, BP, 16):
+                some = load(borders_ptr + at * P * N, p, P, N, N, 16, BN).to(tl.float32)
+                some *= load(dstates_ptr + at * P * N, p, P, N, N, 16, BN).to(tl.float32)
+                product += tl.sum(tl.sum(some, 1), 0)
+        da += tl.exp(total) * product
     else:
         da = tl.sum(tl.where(i >= j, later[:, None], 0.0), 0)
     # Where nothing is kept there is no gradient, nor may rounding be one: dt can be huge.

@@ -31,7 +31,7 @@ from hybrid.kernels.tiles import (
 
 _STATE = torch.float32
 _COLUMNS = 64  # of a state, at most, a program that walks the chunks
-_REGISTERS = 168  # of a thread, at most: three programs on a processor of an H100, 65 us where there were 79
+REGISTERS = 168  # of a thread, at most: three programs on a processor of an H100, 65 us where there were 79
 _STEPS = 1024  # numbers that a program of ``ssd_steps_kernel`` has
 _BUSY = 2**19  # numbers in the states of all sequences, above which one program walks all chunks
 
@@ -45,10 +45,15 @@ class Launch:
 
 
 def choose(T: int, P: int, N: int, dtype: torch.dtype) -> Launch:
-    """A launch, as measured on an H100 in bfloat16 with P=64, N=128. Both directions have the same chunk."""
+    """A launch, as measured on an H100 in bfloat16 with P=64, N=128. Both directions have the same chunk.
+
+    Small heads get chunks of 32: of products of tiles of 64 steps, Triton before 3.7.1 is known to compile some wrongly
+    for a Hopper GPU (github.com/fla-org/flash-linear-attention, issues 640 and 984); larger heads were checked on one.
+    """
+    rows, columns, wide = power_of_two(P), power_of_two(N), dtype == torch.float32
     # Float32 tiles of 64 steps do not fit in shared memory, nor a larger state beside those of 64 steps in registers.
-    large, wide = power_of_two(P) * power_of_two(N) > 64 * 128, dtype == torch.float32
-    longest = 16 if large and wide else 32 if large or wide else 64
+    large, small = rows * columns > 64 * 128, min(rows, columns) < 64
+    longest = 16 if large and wide else 32 if large or wide or small else 64
     return Launch(min(longest, power_of_two(T)), 8 if wide else 4)
 
 
@@ -88,8 +93,9 @@ class Inputs:
         """Of all kernels but the walk."""
         P, N = self.x.shape[3], self.B.shape[3]
         return {
-            "RAW": self.raw, "L": self.launch.chunk, "BP": power_of_two(P), "BN": power_of_two(N),
-            "STATE": borders.numel() > 0, "num_warps": self.launch.num_warps, "num_stages": 1,
+            "RAW": self.raw, "STATE": borders.numel() > 0,
+            "L": self.launch.chunk, "BP": power_of_two(P), "BN": power_of_two(N),
+            "num_warps": self.launch.num_warps, "num_stages": 1,
         }  # fmt: skip
 
 
@@ -154,8 +160,9 @@ def run_backward(
     dscores = x.new_empty(batch, H, given.chunks, length, length)
     if borders.numel():
         between(given, dy, C, dfinal, dstates, dinitial, back=True)
-    # Without states a program does with fewer registers than the compiler takes, so that more fit on a processor.
-    fewer = {} if borders.numel() or x.dtype == torch.float32 else {"maxnreg": _REGISTERS}
+    # Without states a program does with fewer registers than the compiler takes, so that more fit on a processor; one
+    # of fewer steps takes fewer anyway, one of larger heads needs them.
+    fewer = {"maxnreg": REGISTERS} if length > 32 and x.shape[3] <= 64 and not borders.numel() else {}
     ssd_backward_kernel[batch * H, given.chunks](
         x, dt, A, B, C, D, borders, dstates, dy, dx, ddt, dscores, sums,
         *given.sizes, 0 if D is None else D.stride(0), fill, *strides(x, dt, B, C, dy, dx, ddt),

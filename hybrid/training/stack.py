@@ -185,7 +185,7 @@ def many_by_few(x: Tensor, weight: Tensor) -> Tensor:
     small = members > 1 and max(weight.shape[1:]) <= SMALL_VOCABULARY
     pieces = math.gcd(B * T, max(1, PRODUCTS // members)) if small else 1
     parts = weight.unsqueeze(1).expand(-1, pieces, -1, -1)
-    return (x.reshape(members, pieces, -1, x.shape[-1]) @ parts).view(members, B, T, -1)
+    return (x.reshape(members, pieces, -1, x.shape[-1]) @ parts).view(members, B, T, weight.shape[-1])
 
 
 class Branch(nn.Module):

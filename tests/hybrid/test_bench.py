@@ -193,6 +193,12 @@ def test_a_row_that_dies_or_hangs_in_its_own_process_is_one_failed_row() -> None
     assert hung["status"] == "failed" and "not done within 0.05 s" in hung["reason"]
 
 
+def test_a_start_without_bytecode_is_named() -> None:
+    assert "bytecode" in gpu.of_first_steps({"bytecode": False})
+    assert "bytecode" not in gpu.of_first_steps({"bytecode": True})
+    assert "bytecode" not in gpu.of_first_steps({})  # an older record
+
+
 def test_relations_of_one_shape() -> None:
     def measured(name: str, ms: float, speed: float, loss: float, size: float = 1e9) -> dict[str, Any]:
         more = {"tokens_per_second": speed, "loss": loss, "necessary_bytes": size}
