@@ -27,6 +27,7 @@ rule for ``torch.vmap`` in ``seeds.py``.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 
@@ -121,8 +122,9 @@ def norm_backend(op: str, backend: str, device_type: str, width: int) -> str:
     return "triton" if _by_kernels(op, backend, device_type) and width <= WIDEST_NORM else "torch"
 
 
-def _rounded(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+def _state_fits(P: int, N: int) -> bool:
+    """Whether the fused ssd kernels hold the state of a head."""
+    return math.prod(1 << (size - 1).bit_length() for size in (P, N)) <= LARGEST_STATE
 
 
 def mamba2_backend(
@@ -133,10 +135,8 @@ def mamba2_backend(
     "triton fused" where ``mamba2_between`` can do it as one operator, "parts" where it is left to the operators for
     filters of ``filter_width``, the recurrence, and a norm of ``norm_width`` channels a group.
     """
-    fits = _rounded(head_dim) * _rounded(state_size) <= LARGEST_STATE
     fused = (
-        _by_kernels("ssd", backend, device_type)
-        and fits
+        _state_fits(head_dim, state_size)
         and serving_backend("ssd", backend, device_type, steps) == "triton"
         and conv_backend(backend, device_type, filter_width) == "triton"
         and norm_backend("ssd", backend, device_type, norm_width) == "triton"
@@ -233,8 +233,7 @@ def ssd(
         raise ValueError(f"ssd needs D [{H}], got {list(D.shape)}")
     if initial_state is not None and initial_state.shape != (batch, H, P, N):
         raise ValueError(f"ssd initial_state must be {[batch, H, P, N]}, got {list(initial_state.shape)}")
-    fits = _rounded(P) * _rounded(N) <= LARGEST_STATE
-    serving = serving_backend("ssd", backend, x.device.type, T, fits)
+    serving = serving_backend("ssd", backend, x.device.type, T, _state_fits(P, N))
     if serving == "triton":
         from hybrid.kernels.ssd_triton import ssd_triton
 
@@ -293,7 +292,7 @@ def mamba2_between(
         raise ValueError(f"mamba2_between needs zxBCdt [B,T,2 inner + 2 groups N + H] and parts that fit; got {shapes}")
     if eps <= 0:
         raise ValueError(f"mamba2_between needs an eps above 0, got {eps}")
-    held = _rounded(inner // H) * _rounded(N) <= LARGEST_STATE and inner // groups <= WIDEST_NORM
+    held = _state_fits(inner // H, N) and inner // groups <= WIDEST_NORM
     if not held or filters.shape[1] > LONGEST_FILTER:
         raise ValueError("the heads, norms or filters are too large for the kernels of mamba2_between")
     if T == 0:

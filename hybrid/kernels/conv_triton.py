@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybrid.kernels import LONGEST_FILTER
 from hybrid.kernels.operators import operator
-from hybrid.kernels.seeds import register_seeds
+from hybrid.kernels.seeds import by_model, register_seeds
 from hybrid.kernels.tiles import check_dtypes, silu, strides, with_dense_models, with_dense_rows
 
 CHANNELS = 128  # of a program
@@ -193,8 +193,7 @@ def _autograd(ctx, dy):
 
 def of_filters(sums: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of weight [models,C,4] and bias [models,C]."""
-    # Over each model's sequences: not in an operator, so that a compiler can fuse the sum.
-    sums = sums.view(weight.shape[0], -1, *sums.shape[2:]).sum(1)
+    sums = by_model(sums, weight.shape[0], own=2)
     return sums[:, :-1].transpose(1, 2).to(weight.dtype), sums[:, -1].to(bias.dtype)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from hybrid.kernels import MIXES
 from hybrid.kernels.ddlerp_triton import mix, of_mix, pick, place
 from hybrid.kernels.operators import operator
-from hybrid.kernels.seeds import register_seeds
+from hybrid.kernels.seeds import by_model, register_seeds
 from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store, with_dense_models
 
 PROGRAMS = 264  # at work at the same time where there are steps enough: two on each processor of an H100
@@ -279,8 +279,7 @@ def _autograd(ctx, *dys):
         for dy, width in zip(dys[:MIXES], widths, strict=True)
     ]
     dx, ddelta, dlow, sums = _backward(delta, low, weight, bias, shifted, *projections, *dys)
-    # Over each model's programs: here, where a compiler can fuse the sum.
-    sums = sums.view(models, -1, sums.shape[1]).sum(1)
+    sums = by_model(sums, models)
     dweight, dbias, *dprojections = sums.split([D * n for n in (low.shape[2], MIXES, *widths)], dim=1)
     # Cast as they lie: a compiler would walk what is turned first as if its columns lay side by side.
     dprojections = [dp.to(p.dtype).view(models, D, -1).mT for dp, p in zip(dprojections, projections, strict=True)]

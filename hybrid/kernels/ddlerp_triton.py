@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hybrid.kernels import MIXES
 from hybrid.kernels.operators import operator
-from hybrid.kernels.seeds import register_seeds
+from hybrid.kernels.seeds import by_model, register_seeds
 from hybrid.kernels.tiles import check_dtypes, load, power_of_two, precision, store, with_dense_models
 
 STEPS = 32  # of a tile in the sums over steps
@@ -229,8 +229,7 @@ def _autograd(ctx, *dys):
     delta, low, weight, bias = ctx.saved_tensors
     dys = [low.new_zeros(delta.shape) if dy is None else dy for dy in dys]
     dx, ddelta, dlow, dweight, dbias = _backward(delta, low, weight, bias, *dys)
-    # Over each model's programs: here, where a compiler can fuse the sum.
-    dweight, dbias = (s.view(weight.shape[0], -1, *s.shape[1:]).sum(1) for s in (dweight, dbias))
+    dweight, dbias = (by_model(s, weight.shape[0], own=2) for s in (dweight, dbias))
     return dx.to(ctx.dtype), ddelta, dlow, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 

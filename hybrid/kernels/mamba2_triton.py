@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid.kernels import conv_triton, norms_triton, ssd_triton
 from hybrid.kernels.operators import operator
-from hybrid.kernels.seeds import register_seeds
+from hybrid.kernels.seeds import by_model, register_seeds
 from hybrid.kernels.tiles import check_dtypes
 
 
@@ -112,11 +112,10 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dout, *_):
     filters, filter_bias, dt_bias, A_log, D, norm = ctx.saved_tensors[1:7]
     dzxBCdt, of_filters, of_steps, of_norm = _backward(*ctx.saved_tensors, dout, ctx.groups, ctx.eps)
-    # Over each model's sequences: here, where a compiler can fuse the sums.
     dfilters, dfilter_bias = conv_triton.of_filters(of_filters, filters, filter_bias)
-    steps = of_steps.view(A_log.shape[0], -1, *of_steps.shape[2:]).sum(1).unbind(1)
+    steps = by_model(of_steps, A_log.shape[0], own=2).unbind(1)
     dA_log, dD, ddt_bias = (d.to(t.dtype) for d, t in zip(steps, (A_log, D, dt_bias), strict=True))
-    dnorm = of_norm.view(norm.shape[0], -1, norm.shape[1]).sum(1).to(norm.dtype)
+    dnorm = by_model(of_norm, norm.shape[0]).to(norm.dtype)
     return dzxBCdt, dfilters, dfilter_bias, ddt_bias, dA_log, dD, dnorm, None, None
 
 

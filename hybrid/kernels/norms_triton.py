@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid.kernels.operators import operator
-from hybrid.kernels.seeds import register_seeds
+from hybrid.kernels.seeds import by_model, register_seeds
 from hybrid.kernels.tiles import check_dtypes, load, power_of_two, silu, store, with_dense_models, with_dense_rows
 
 # Numbers of a tile and warps of a program. Of wider groups tiles are larger, for fewer partial sums.
@@ -209,9 +209,8 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy):
     x, gate, weight, bias = ctx.saved_tensors
     dx, dgate, *sums = _backward(x, gate, weight, bias, dy, ctx.groups, ctx.eps)
-    # Over each model's programs: here, where a compiler can fuse the sum.
     dweight, dbias = (
-        None if of is None else s.view(of.shape[0], -1, of.shape[1]).sum(1).to(of.dtype)
+        None if of is None else by_model(s, of.shape[0]).to(of.dtype)
         for s, of in zip(sums, (weight, bias), strict=True)
     )
     return dx, dgate, dweight, dbias, None, None

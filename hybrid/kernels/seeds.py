@@ -38,6 +38,14 @@ def register_seeds(op: Callable) -> None:
     torch.library.register_vmap(op, rule)
 
 
+def by_model(sums: Tensor, models: int, own: int = 1) -> Tensor:
+    """[models,...]: what sequences or programs, equally many of each model and those of one together, have to add up.
+
+    ``own`` is how many last axes a sum has. Not for operators: outside of them a compiler can fuse it.
+    """
+    return sums.view(models, -1, *sums.shape[-own:]).sum(1)
+
+
 def to_heads(x: Tensor, models: int) -> Tensor:
     """[models*B,T,H,...] -> [B,T,models*H,...], for kernels that know one set of per-head weights only (a copy)."""
     return x.contiguous() if models == 1 else x.unflatten(0, (models, -1)).movedim(0, 2).flatten(2, 3).contiguous()

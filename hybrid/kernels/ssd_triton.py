@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybrid.kernels.carry import carry
 from hybrid.kernels.operators import operator
-from hybrid.kernels.seeds import register_seeds
+from hybrid.kernels.seeds import by_model, register_seeds
 from hybrid.kernels.ssd_programs import (
     ssd_backward_kernel,
     ssd_forward_kernel,
@@ -99,7 +99,7 @@ class Inputs:
         }  # fmt: skip
 
 
-def between(
+def _between(
     given: Inputs, x: Tensor, B: Tensor, outer: Tensor | None, states: Tensor, last: Tensor, back: bool
 ) -> None:
     """Fill ``states`` [batch,H,chunks,P,N] and, unless it is empty, ``last``, as ``ssd_walk_kernel`` says."""
@@ -136,7 +136,7 @@ def run_forward(given: Inputs, y: Tensor, borders: Tensor, initial_state: Tensor
     """Write y [batch,T,H,P], the states that enter the chunks and the final one, unless they are empty."""
     x, dt, A, B, C, D = given.x, given.dt, given.A, given.B, given.C, given.D
     if borders.numel():
-        between(given, x, B, initial_state, borders, final_state, back=False)
+        _between(given, x, B, initial_state, borders, final_state, back=False)
     ssd_forward_kernel[x.shape[0] * x.shape[2], given.chunks](
         x, dt, A, B, C, D, borders, y, *given.sizes, 0 if D is None else D.stride(0), *strides(x, dt, B, C),
         SKIP=D is not None, **given.constants(borders),
@@ -159,7 +159,7 @@ def run_backward(
     dstates = torch.empty_like(borders)
     dscores = x.new_empty(batch, H, given.chunks, length, length)
     if borders.numel():
-        between(given, dy, C, dfinal, dstates, dinitial, back=True)
+        _between(given, dy, C, dfinal, dstates, dinitial, back=True)
     # Without states a program does with fewer registers than the compiler takes, so that more fit on a processor; one
     # of fewer steps takes fewer anyway, one of larger heads needs them.
     fewer = {"maxnreg": REGISTERS} if length > 32 and x.shape[3] <= 64 and not borders.numel() else {}
@@ -174,6 +174,25 @@ def run_backward(
     )  # fmt: skip
 
 
+def _empty_state(x: Tensor, N: int, wanted: bool) -> Tensor:
+    batch, _, H, P = x.shape
+    return x.new_empty((batch, H, P, N) if wanted else (0,), dtype=_STATE)
+
+
+def _empty(x: Tensor, N: int, initial_state: Tensor | None, final: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What the forward pass gives, not written yet."""
+    borders = border_shape(x.shape, N, x.dtype, final or initial_state is not None)
+    return x.new_empty(x.shape), _empty_state(x, N, final), x.new_empty(borders)
+
+
+def _empty_gradients(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial: bool) -> tuple[Tensor, ...]:
+    """What the backward pass gives, not written yet."""
+    batch, T, H, P = x.shape
+    N = B.shape[-1]
+    sums = x.new_empty(batch, chunks_of(T, P, N, x.dtype), 2, H, dtype=torch.float32)
+    return *(t.new_empty(t.shape) for t in (x, dt, B, C)), sums, _empty_state(x, N, initial)
+
+
 @operator("ssd_triton")
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None, final: bool
@@ -182,11 +201,7 @@ def _forward(
 
     The states take N/chunk times y's memory, without a gradient until the call returns.
     """
-    batch, _, H, P = x.shape
-    N = B.shape[-1]
-    y = x.new_empty(x.shape)
-    final_state = x.new_empty((batch, H, P, N) if final else (0,), dtype=_STATE)
-    borders = x.new_empty(border_shape(x.shape, N, x.dtype, final or initial_state is not None))
+    y, final_state, borders = _empty(x, B.shape[-1], initial_state, final)
     with torch.cuda.device_of(x):
         run_forward(Inputs(x, dt, A, B, C, D), y, borders, initial_state, final_state)
     return y, final_state, borders
@@ -194,11 +209,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, dt, A, B, C, D, initial_state, final):
-    batch, _, H, P = x.shape
-    N = B.shape[-1]
-    final_state = x.new_empty((batch, H, P, N) if final else (0,), dtype=_STATE)
-    borders = x.new_empty(border_shape(x.shape, N, x.dtype, final or initial_state is not None))
-    return x.new_empty(x.shape), final_state, borders
+    return _empty(x, B.shape[-1], initial_state, final)
 
 
 @operator("ssd_triton_backward")
@@ -207,11 +218,7 @@ def _backward(
     dfinal: Tensor | None, initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, dt, B and C; of A and D by chunk [batch,chunks,2,H]; of the initial state."""
-    batch, T, H, P = x.shape
-    N = B.shape[-1]
-    dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
-    sums = x.new_empty(batch, chunks_of(T, P, N, x.dtype), 2, H, dtype=torch.float32)
-    dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
+    dx, ddt, dB, dC, sums, dinitial = _empty_gradients(x, dt, B, C, initial)
     with torch.cuda.device_of(x):
         run_backward(Inputs(x, dt, A, B, C, D), borders, dy, dfinal, dx, ddt, dB, dC, sums, dinitial)
     return dx, ddt, dB, dC, sums, dinitial
@@ -219,11 +226,7 @@ def _backward(
 
 @_backward.register_fake
 def _(x, dt, A, B, C, D, borders, dy, dfinal, initial):
-    batch, T, H, P = x.shape
-    N = B.shape[-1]
-    dinitial = x.new_empty((batch, H, P, N) if initial else (0,), dtype=_STATE)
-    sums = x.new_empty(batch, chunks_of(T, P, N, x.dtype), 2, H, dtype=torch.float32)
-    return *(t.new_empty(t.shape) for t in (x, dt, B, C)), sums, dinitial
+    return _empty_gradients(x, dt, B, C, initial)
 
 
 def _setup_context(ctx, inputs, output):
@@ -238,9 +241,8 @@ def _autograd(ctx, dy, dfinal, _dborders):
         dy = torch.zeros_like(inputs[0])
     grads = _backward(*inputs, borders, dy, dfinal if ctx.final else None, ctx.initial)
     dx, ddt, dB, dC, sums, dinitial = grads
-    # Over each model's sequences: here, where a compiler can fuse the sum.
     A, D = inputs[2], inputs[5]
-    dA, dD = sums.view(A.shape[0], -1, *sums.shape[2:]).sum(1).unbind(1)
+    dA, dD = by_model(sums, A.shape[0], own=2).unbind(1)
     dD = None if D is None else dD.to(D.dtype)
     return dx, ddt, dA.to(A.dtype), dB, dC, dD, dinitial if ctx.initial else None, None
 

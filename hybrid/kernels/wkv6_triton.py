@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid.kernels.carry import carry
 from hybrid.kernels.operators import operator
-from hybrid.kernels.seeds import register_seeds
+from hybrid.kernels.seeds import by_model, register_seeds
 from hybrid.kernels.tiles import check_dtypes, power_of_two, precision, strides, with_dense_heads, with_dense_models
 from hybrid.kernels.wkv6_programs import wkv6_backward_kernel, wkv6_forward_kernel, wkv6_parts_kernel
 
@@ -160,7 +160,7 @@ def _autograd(ctx, do, dfinal, _dborders):
         do = torch.zeros_like(inputs[2])
     *grads, du, dinitial = _backward(*inputs, borders, do, dfinal if ctx.final else None, ctx.initial, ctx.raw)
     u = inputs[4]
-    du = du.view(u.shape[0], -1, *u.shape[1:]).sum(1).to(u.dtype)
+    du = by_model(du, u.shape[0], own=2).to(u.dtype)
     return (*grads, du, dinitial if ctx.initial else None, None, None, None)
 
 
