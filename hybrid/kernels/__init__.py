@@ -27,7 +27,6 @@ rule for ``torch.vmap`` in ``seeds.py``.
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Sequence
 
@@ -122,9 +121,13 @@ def norm_backend(op: str, backend: str, device_type: str, width: int) -> str:
     return "triton" if _by_kernels(op, backend, device_type) and width <= WIDEST_NORM else "torch"
 
 
+def _rounded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
 def _state_fits(P: int, N: int) -> bool:
     """Whether the fused ssd kernels hold the state of a head."""
-    return math.prod(1 << (size - 1).bit_length() for size in (P, N)) <= LARGEST_STATE
+    return _rounded(P) * _rounded(N) <= LARGEST_STATE
 
 
 def mamba2_backend(
