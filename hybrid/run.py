@@ -19,6 +19,7 @@ from hybrid.progress import RunProgress
 from hybrid.records import RunBusy, RunFolder, describe_run, run_id
 from hybrid.schema import Config, DisplayConfig
 from hybrid.sizes import PARTS, count_params
+from hybrid.start import import_torch, import_training
 from hybrid.stopping.settings import acts
 
 # What a summary says of the training, None where it came to nothing.
@@ -80,6 +81,7 @@ def plan(cfg: Config, corpus: Corpus, variant: str) -> PlannedRun:
     Raises ``ConfigError``.
     """
     check_machine(cfg)
+    import_torch()
     from hybrid.device import resolve_device
 
     resolve_device(cfg)
@@ -215,6 +217,7 @@ def attempt(jobs: list[Job]) -> tuple[list[dict[str, Any]], bool]:
 
 def probe(run: PlannedRun, steps: int = 3) -> float:
     """Seconds that the run would take, from a few of its training steps and one validation batch. Writes nothing."""
+    import_training(run.cfg.trainer.device)
     from hybrid.training.loop import Trainer
     from hybrid.training.member import Member
 
@@ -224,6 +227,7 @@ def probe(run: PlannedRun, steps: int = 3) -> float:
 
 def train(jobs: list[Job]) -> tuple[list[dict[str, Any]], bool]:
     """The outcomes of training from the newest checkpoints that can be read, and whether Ctrl-C came at the end."""
+    import_training(jobs[0].run.cfg.trainer.device)
     from hybrid.training.checkpoint import DamagedCheckpoint
     from hybrid.training.loop import Trainer
     from hybrid.training.member import Member

@@ -26,10 +26,13 @@ def configuration(overrides: list[str]) -> Config:
 
 def settle(cfgs: list[Config]) -> Corpus:
     """Load the corpus of runs that train together, and replace what is open in them by what it is on this machine."""
+    from hybrid.run import check_data
+    from hybrid.start import import_torch
+
+    import_torch()
     import torch
 
     from hybrid.device import resolve_device
-    from hybrid.run import check_data
 
     corpus = check_data(cfgs[0])
     for cfg in cfgs:

@@ -72,7 +72,7 @@ class Runner:
             if self.cold:
                 environ |= {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
             order = json.dumps({"task": asdict(task), "begun": time.time(), "answer": str(answer)})
-            command = [sys.executable, "-m", "hybrid.bench.worker"]
+            command = [sys.executable, "-m", "hybrid.bench.process"]
             try:
                 done = subprocess.run(
                     command, input=order, text=True, capture_output=True, env=environ, timeout=self.timeout

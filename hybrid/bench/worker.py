@@ -1,16 +1,13 @@
-"""Measures one task in this process; as a program, the task that standard input holds."""
+"""Measures one task in this process."""
 
 from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import math
 import os
 import statistics
-import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from hybrid import build_model
 from hybrid.bench.configure import configuration, settle
 from hybrid.bench.document import cpu_name
 from hybrid.bench.floor import necessary_bytes
-from hybrid.bench.task import Row, Task, one_line
+from hybrid.bench.task import Row, Task
 from hybrid.device import clock_of, gpu_id, serving_kernels
 from hybrid.memory import process_peak, reset_process_peak
 from hybrid.monitor import ask_smi, read_once
@@ -174,17 +171,3 @@ def copy_bandwidth(device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return 4 * 2 * source.numel() / statistics.median(times[1:])
-
-
-def main() -> None:
-    order = json.load(sys.stdin)
-    task = Task(**order["task"])
-    try:
-        row = measure(task, order["begun"])
-    except Exception as error:
-        row = task.failed(one_line(error), stderr=traceback.format_exc().splitlines()[-30:])
-    Path(order["answer"]).write_text(json.dumps(row))
-
-
-if __name__ == "__main__":
-    main()

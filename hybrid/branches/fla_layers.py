@@ -9,7 +9,6 @@ which a log is wanted, but only until the layers are there. Where that fails, th
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,6 +21,8 @@ from contextlib import contextmanager
 from pkgutil import extend_path
 from types import ModuleType
 from typing import Any
+
+from hybrid.start import collector_paused
 
 PUT_OFF = ("fla", "fla.layers", "fla.ops", "mamba_ssm")
 MODELLING = "transformers.modeling_utils"
@@ -84,18 +85,6 @@ def only_the_log_of_transformers() -> Iterator[None]:
     finally:
         forget("transformers")
         log.handlers[:], log.level, log.propagate = handlers, level, propagate
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Thousands of modules are made, none of them garbage: looking for some is a fifth of the time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def import_layers() -> tuple[type, type]:

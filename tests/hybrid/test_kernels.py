@@ -93,7 +93,7 @@ def ssd_inputs(case: tuple, generator: torch.Generator) -> dict[str, torch.Tenso
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    actual = actual.detach().cpu().double()
+    actual, expected = (t.detach().cpu().double() for t in (actual, expected))
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 

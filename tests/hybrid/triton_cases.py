@@ -40,7 +40,7 @@ WKV6 = {
     "no decay, no state": (1, 33, 1, 16, 16, (0.0, 0.0), False),
     "extreme": (1, 70, 1, 16, 16, (-20.0, 0.0), True),
     "all e^-20": (1, 40, 1, 16, 16, (-20.0, -20.0), True),
-    "long sequences, channels in two programs": (2, 257, 2, 40, 20, (-0.1, -0.001), True),
+    "long sequences, channels in two programs": (1, 257, 2, 40, 20, (-0.1, -0.001), True),
 }
 # batch, T, H, P, G, N, dt range, A range, D, initial state
 SSD = {
@@ -228,8 +228,9 @@ def test_views_are_read_as_they_are(op: str) -> None:
 
 def stacked(op: str, models: int, steps: int = 5) -> tuple[dict[str, torch.Tensor], dict[str, int | None]]:
     """Inputs of several models, one of them shared by all, one with the models not in front."""
-    B, _, H, *rest = SMALL[op]
-    sets = [OPS[op][2]((B, steps, H, *rest), torch.Generator().manual_seed(seed)) for seed in range(models)]
+    B, _, *rest = SMALL[op]
+    case = (1 if steps > 50 else B, steps, *rest)
+    sets = [OPS[op][2](case, torch.Generator().manual_seed(seed)) for seed in range(models)]
     shared, moved = ("k", "v") if op == "wkv6" else ("B", "x")
     inputs, dims = {}, {}
     for name in sets[0]:
@@ -239,7 +240,7 @@ def stacked(op: str, models: int, steps: int = 5) -> tuple[dict[str, torch.Tenso
     return inputs, dims
 
 
-@pytest.mark.parametrize("op, steps", [(op, steps) for op in OPS for steps in (5, 260)])
+@pytest.mark.parametrize("op, steps", [("wkv6", 5), ("wkv6", 260), ("ssd", 5), ("ssd", 100)])  # and with states between
 def test_vmap_is_a_loop(op: str, steps: int) -> None:
     inputs, dims = stacked(op, 2, steps)
     names = list(inputs)
@@ -349,7 +350,7 @@ def test_operators_of_the_convolution_keep_their_promises() -> None:
     torch.library.opcheck(conv_triton._backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("shape", test_mamba2_between.SHAPES[1:3], ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 32, 2, 1, 16, 4, 12), (1, 70, 32, 2, 1, 16, 4, 6)], ids=str)
 def test_operators_of_a_layer_of_mamba2_keep_their_promises(shape: tuple[int, ...]) -> None:
     zxBCdt, *own, share = test_mamba2_between.inputs(shape, "float32", "cpu")
     own[0] = conv_triton.filled(own[0])

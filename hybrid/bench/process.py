@@ -1,0 +1,45 @@
+"""Measures the task that standard input holds: the process that ``hybrid.bench.task`` starts for a row."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from hybrid.bench.task import Row, Task, one_line
+from hybrid.start import import_torch, import_training
+
+
+def main() -> None:
+    order = json.load(sys.stdin)
+    task = Task(**order["task"])
+    try:
+        row = measure(task, order["begun"])
+    except Exception as error:
+        row = task.failed(one_line(error), stderr=traceback.format_exc().splitlines()[-30:])
+    Path(order["answer"]).write_text(json.dumps(row))
+
+
+def measure(task: Task, begun: float) -> Row:
+    """The row of a task, after imports in the order in which ``hybrid.train`` has them."""
+    import_torch()
+    if task.kind == "steps":
+        import_training(device_of(task.overrides))
+    from hybrid.bench import worker
+
+    return worker.measure(task, begun)
+
+
+def device_of(overrides: list[str]) -> str:
+    """What ``trainer.device`` will be."""
+    import torch
+
+    asked = [value for key, _, value in (override.partition("=") for override in overrides) if key == "trainer.device"]
+    if asked and asked[-1] != "auto":
+        return asked[-1]
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    main()

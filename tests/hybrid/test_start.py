@@ -1,0 +1,61 @@
+"""What is done beside the imports: nothing of it may change or break what follows."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from hybrid.start import imports_to_stay, meanwhile
+
+BESIDE = """
+import gc, sys, threading
+from hybrid.start import import_torch, import_training
+assert "torch" not in sys.modules
+import_torch()
+frozen = gc.get_freeze_count()
+assert frozen > 10_000 and gc.isenabled()
+import_training("cuda")  # a device that need not be there
+assert gc.get_freeze_count() > 1.5 * frozen and gc.isenabled()
+for thread in threading.enumerate():
+    if thread is not threading.current_thread():
+        thread.join(60)
+frozen = gc.get_freeze_count()
+import_training("cuda")
+assert gc.get_freeze_count() == frozen  # only what the first time has imported is never looked through again
+import hybrid.training.loop
+from torch._inductor import codecache
+from torch._inductor.runtime.triton_compat import triton_key
+assert triton_key.cache_info().currsize == 1
+codecache.build_code_hash = None
+assert codecache.torch_key()
+"""
+
+
+def test_imports_and_what_is_done_beside_them() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", BESIDE], capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_task_that_fails_stops_no_other() -> None:
+    done = threading.Event()
+    meanwhile(lambda: 1 / 0, done.set)
+    assert done.wait(10)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_a_failed_import_leaves_the_collector_as_it_was(collecting: bool) -> None:
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(ImportError), imports_to_stay():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
