@@ -30,7 +30,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 # Sources that no result depends on.
 NOT_RESULTS = (
-    "progress.py", "generate.py", "memory.py", "monitor.py", "profile.py", "training/board.py", "bench/",
+    "progress.py", "start.py", "generate.py", "memory.py", "monitor.py", "profile.py", "training/board.py", "bench/",
     "arguments.py", "diagnose.py", "diagnostics/", "gates/__main__.py", "gates/trial.py", "gates/table.py",
 )  # fmt: skip
 

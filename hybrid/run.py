@@ -81,7 +81,7 @@ def plan(cfg: Config, corpus: Corpus, variant: str) -> PlannedRun:
     Raises ``ConfigError``.
     """
     check_machine(cfg)
-    import_torch()
+    import_torch(cfg.trainer.device)
     from hybrid.device import resolve_device
 
     resolve_device(cfg)
@@ -238,14 +238,13 @@ def train(jobs: list[Job]) -> tuple[list[dict[str, Any]], bool]:
             Member(r.cfg, r.corpus, r.folder, job.progress, job.judge) for r, job in zip(runs, jobs, strict=True)
         ]
         trainer = Trainer(*members)
-        kernels = jobs[0].run.cfg.kernels
-        slow = jobs[0].run.cfg.trainer.device != "cpu" and "torch" in (kernels.wkv6, kernels.ssd)
+        cfg = jobs[0].run.cfg
+        plain = [op for op in ("wkv6", "ssd") if getattr(cfg.kernels, op) == "torch" and cfg.trainer.device != "cpu"]
         for job in jobs:
             job.run.folder.note(f"kernels: {trainer.environment['kernels']}, device: {trainer.environment['device']}")
-            if slow:
-                job.progress.message(
-                    "slow: a Triton kernel is not installed, plain PyTorch serves instead (see the log)"
-                )
+            if plain:
+                choices = " and ".join(f"kernels.{op}=torch" for op in plain)
+                job.progress.message(f"slow: plain PyTorch computes the recurrences on the GPU ({choices})")
         try:
             return trainer.train(), trainer.asked_to_stop
         except DamagedCheckpoint as error:

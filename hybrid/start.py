@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 TRAINING = "hybrid.training.loop"
+_kept = False
 
 
 @contextmanager
@@ -32,20 +33,30 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+def keep_imports() -> None:
+    """For programs: what there is after the imports below is never looked through again.
+
+    In a process with other work it would keep that work's garbage.
+    """
+    global _kept
+    _kept = True
+
+
 @contextmanager
-def imports_to_stay() -> Iterator[None]:
-    """For programs: the same, and what there is by then is never looked through again."""
+def importing() -> Iterator[None]:
     with collector_paused():
         yield
-        gc.freeze()
+        if _kept:
+            gc.freeze()
 
 
-def import_torch() -> None:
-    """Import torch, and speak to CUDA's driver meanwhile, where there is one (the first time takes 0.2 to 0.3 s)."""
+def import_torch(device: str = "auto") -> None:
+    """Import torch. Meanwhile CUDA's driver is spoken to (the first time takes 0.2 to 0.3 s), but for ``cpu``."""
     if "torch" in sys.modules:
         return
-    meanwhile(lambda: ctypes.CDLL("libcuda.so.1").cuInit(0))
-    with imports_to_stay():
+    if device != "cpu":
+        meanwhile(reach_driver)
+    with importing():
         importlib.import_module("torch")
 
 
@@ -53,8 +64,8 @@ def import_training(device: str) -> None:
     """Import what trains on ``device``. On a GPU its context is made meanwhile, and what names compiled code."""
     if TRAINING in sys.modules:
         return
-    import_torch()
-    with imports_to_stay():
+    import_torch(device)
+    with importing():
         cuda = device.startswith("cuda")
         if cuda:
             with contextlib.suppress(ImportError):
@@ -67,6 +78,10 @@ def import_training(device: str) -> None:
                 meanwhile(lambda: names_of_graphs.torch_key())
 
 
+def reach_driver() -> None:
+    ctypes.CDLL("libcuda.so.1").cuInit(0)
+
+
 def make_context(device: str) -> None:
     import torch
 
@@ -74,11 +89,11 @@ def make_context(device: str) -> None:
 
 
 def meanwhile(*tasks: Callable[[], object]) -> None:
-    """Do the tasks in a thread, in this order."""
+    """Do the tasks in a thread, in this order. A process waits for them before it ends: CUDA would abort it."""
 
     def work() -> None:
         for task in tasks:
             with contextlib.suppress(Exception):
                 task()
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work).start()

@@ -26,6 +26,7 @@ from hybrid.data import DataError
 from hybrid.records import RunBusy, variant_name
 from hybrid.run import PlannedRun, SweepFailed, check_data, execute, execute_together, plan
 from hybrid.schema import Config
+from hybrid.start import keep_imports
 from sweeps.plugin import register
 
 USAGE = """\
@@ -213,4 +214,5 @@ def read(group: str, option: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    keep_imports()
     main()

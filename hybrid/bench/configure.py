@@ -29,7 +29,7 @@ def settle(cfgs: list[Config]) -> Corpus:
     from hybrid.run import check_data
     from hybrid.start import import_torch
 
-    import_torch()
+    import_torch(cfgs[0].trainer.device)
     import torch
 
     from hybrid.device import resolve_device

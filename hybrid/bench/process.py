@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from hybrid.bench.task import Row, Task, one_line
-from hybrid.start import import_torch, import_training
+from hybrid.start import import_torch, import_training, keep_imports
 
 
 def main() -> None:
@@ -23,7 +23,8 @@ def main() -> None:
 
 def measure(task: Task, begun: float) -> Row:
     """The row of a task, after imports in the order in which ``hybrid.train`` has them."""
-    import_torch()
+    keep_imports()
+    import_torch(asked_device(task.overrides))
     if task.kind == "steps":
         import_training(device_of(task.overrides))
     from hybrid.bench import worker
@@ -31,14 +32,18 @@ def measure(task: Task, begun: float) -> Row:
     return worker.measure(task, begun)
 
 
+def asked_device(overrides: list[str]) -> str:
+    """What the overrides say of ``trainer.device``."""
+    found = [value for key, _, value in (override.partition("=") for override in overrides) if key == "trainer.device"]
+    return found[-1] if found else "auto"
+
+
 def device_of(overrides: list[str]) -> str:
     """What ``trainer.device`` will be."""
     import torch
 
-    asked = [value for key, _, value in (override.partition("=") for override in overrides) if key == "trainer.device"]
-    if asked and asked[-1] != "auto":
-        return asked[-1]
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    asked = asked_device(overrides)
+    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

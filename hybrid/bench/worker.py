@@ -40,9 +40,10 @@ def measure(task: Task, begun: float) -> Row:
     start = time.time()
     caches = compiled_files() if cuda or trainer.compile else None
     begun += time.time() - start  # to look through them is the benchmark's time, not the start's
-    if task.memory_limit is not None and cuda:
+    if cuda:  # also where there is no limit: the row before, in the same process, may have had one
         whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, task.memory_limit / whole), device.index or 0)
+        share = 1.0 if task.memory_limit is None else min(1.0, task.memory_limit / whole)
+        torch.cuda.set_per_process_memory_fraction(share, device.index or 0)
 
     clock = clock_of(device)
     gc.collect()

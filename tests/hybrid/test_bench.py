@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid.bench import document, floor, gpu, matrix, memory
+from hybrid.bench import document, floor, gpu, matrix, memory, process
 from hybrid.bench.__main__ import main
 from hybrid.bench.task import Runner, Task
 from hybrid.sizes import count_params
@@ -188,7 +188,26 @@ def test_a_record_never_takes_another_ones_place(tmp_path: Path) -> None:
     assert len(set(paths)) == 3 and all(path.exists() for path in paths)
 
 
-def test_a_row_that_dies_or_hangs_in_its_own_process_is_one_failed_row() -> None:
+def test_a_row_in_its_own_process() -> None:
+    runner = Runner(isolated=True)
+    overrides = ["model=tiny", "data=text", f"data.path={__file__}", "data.seq_len=8", "trainer.device=cpu"]
+    measured = runner(Task("g", "one", overrides, loss_steps=2, repeats=1, seconds=0.01))
+    assert (measured["status"], measured["group"], measured["name"]) == ("ok", "g", "one"), measured
+    assert 0 < measured["build_seconds"] < measured["first_step_seconds"]
+    failed = runner(Task("g", "two", ["model=tiny", "data=text", "data.path=/nowhere"]))
+    assert failed["status"] == "failed" and "/nowhere" in failed["reason"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device"),
+    [([], "cpu"), (["trainer.device=auto"], "cpu"), (["trainer.device=cpu", "trainer.device=cuda:1"], "cuda:1")],
+)
+def test_the_device_of_a_row(overrides: list[str], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert process.device_of(["model=tiny", *overrides]) == device
+
+
+def test_a_row_that_hangs_in_its_own_process_is_one_failed_row() -> None:
     hung = Runner(isolated=True, timeout=0.05)(Task("g", "slow", []))
     assert hung["status"] == "failed" and "not done within 0.05 s" in hung["reason"]
 

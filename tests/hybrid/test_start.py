@@ -6,14 +6,16 @@ import gc
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from hybrid.start import imports_to_stay, meanwhile
+from hybrid import start
 
 BESIDE = """
 import gc, sys, threading
-from hybrid.start import import_torch, import_training
+from hybrid.start import import_torch, import_training, keep_imports
+keep_imports()
 assert "torch" not in sys.modules
 import_torch()
 frozen = gc.get_freeze_count()
@@ -43,9 +45,38 @@ def test_imports_and_what_is_done_beside_them() -> None:
     assert "Traceback" not in answer.stderr
 
 
+def test_nothing_is_kept_for_a_process_with_other_work() -> None:
+    program = "import gc; from hybrid.start import import_torch; import_torch('cpu'); assert not gc.get_freeze_count()"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(("device", "spoken_to"), [("auto", True), ("cuda:1", True), ("cpu", False)])
+def test_the_driver_is_spoken_to_where_it_may_be_needed(
+    device: str, spoken_to: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[object] = []
+    monkeypatch.setattr(start, "sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr(start, "importlib", SimpleNamespace(import_module=lambda _: None))
+    monkeypatch.setattr(start, "meanwhile", lambda *given: tasks.extend(given))
+    start.import_torch(device)
+    assert tasks == [start.reach_driver] * spoken_to
+
+
+def test_what_is_done_in_threads_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, nobody would see an error."""
+    calls: list[object] = []
+    driver = SimpleNamespace(cuInit=calls.append)
+    monkeypatch.setattr(start.ctypes, "CDLL", lambda name: calls.append(name) or driver)
+    start.reach_driver()
+    assert calls == ["libcuda.so.1", 0]
+    start.make_context("cpu")
+    with pytest.raises((RuntimeError, AssertionError)):
+        start.make_context("cuda:99")
+
+
 def test_a_task_that_fails_stops_no_other() -> None:
     done = threading.Event()
-    meanwhile(lambda: 1 / 0, done.set)
+    start.meanwhile(lambda: 1 / 0, done.set)
     assert done.wait(10)
 
 
@@ -53,7 +84,7 @@ def test_a_task_that_fails_stops_no_other() -> None:
 def test_a_failed_import_leaves_the_collector_as_it_was(collecting: bool) -> None:
     (gc.enable if collecting else gc.disable)()
     try:
-        with pytest.raises(ImportError), imports_to_stay():
+        with pytest.raises(ImportError), start.importing():
             assert not gc.isenabled()
             raise ImportError
         assert gc.isenabled() == collecting
