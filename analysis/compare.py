@@ -6,7 +6,6 @@ below zero got better. Each difference is a question of its own ("did this arm c
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.arguments import Parser, end
 from analysis.comparison.compare import block_table
 from analysis.files import write_text
 from analysis.records.frames import runs_frame
@@ -204,7 +204,7 @@ def write_comparison(found: FolderComparison, folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 with a comparison, 2 without one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.compare",
         description="Compare two folders of runs, before and after a change: arms by name, runs by seed, B minus A.",
     )
@@ -238,4 +238,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -18,7 +18,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -33,6 +32,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pa_parquet
 
+from analysis.arguments import Parser, end
 from analysis.records.json_files import load_object, whole
 from analysis.records.metrics_files import complete_lines, read_lines
 from analysis.records.runs import RUN_SCHEMA, LeftOut, Records, Run, read_records
@@ -214,7 +214,7 @@ def export(directory: Path, out: Path, file_format: str = "parquet") -> tuple[di
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 with both files, 2 without."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.export",
         description="Write all runs and all logged steps below DIR as two tidy tables.",
     )
@@ -239,4 +239,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -14,7 +14,6 @@ touched. ``analysis.report TARGET`` makes the report.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -25,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from analysis.arguments import Parser, end
 from analysis.cleaning import clean, clean_text, without_local_keys
 from analysis.files import write_text
 from analysis.records.json_files import load_object, whole
@@ -147,7 +147,7 @@ def is_record(path: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 where nothing could be copied."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.publish",
         description="Copy the records of a sweep, without weights and without the paths of its machine.",
     )
@@ -169,4 +169,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

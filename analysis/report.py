@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.arguments import Parser, end
 from analysis.comparison.baseline import UnknownArm, choose_baseline
 from analysis.records.runs import METRICS, LeftOut, Records, read_records
 
@@ -160,7 +161,7 @@ def _usable_records(directory: Path, metric: str) -> Records:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 with a report, 2 without one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m analysis.report",
         description="Compare the arms of a sweep, or report a search: tables, figures and a page, in DIR/report.",
     )
@@ -220,4 +221,4 @@ def _seconds(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -8,7 +8,17 @@ from collections.abc import Callable
 import torch
 
 from hybrid.config import ConfigError
-from hybrid.kernels import BackendError, conv_backend, ddlerp_backend, mamba2_backend, norm_backend, resolve_backend
+from hybrid.kernels import (
+    BackendError,
+    conv_backend,
+    ddlerp_backend,
+    mamba2_backend,
+    norm_backend,
+    resolve_backend,
+    serving_backend,
+    state_fits,
+    values_fit,
+)
 from hybrid.schema import Config
 
 FULL = 32768  # tokens of a micro-batch with which a GPU is busy
@@ -52,20 +62,26 @@ def resolve_device(cfg: Config) -> None:
 
 
 def serving_kernels(cfg: Config) -> dict[str, str]:
-    """What serves each operator of a configuration that ``resolve_device`` has seen."""
-    kernels, device_type = cfg.kernels, cfg.trainer.device.partition(":")[0]
+    """What serves each operator of a configuration that ``resolve_device`` has seen, in training."""
+    kernels, device_type, steps = cfg.kernels, cfg.trainer.device.partition(":")[0], cfg.data.seq_len
     d, rwkv, mamba = cfg.model.d_model, cfg.model.rwkv, cfg.model.mamba
     outputs = max(round(d * rwkv.expand_k), round(d * rwkv.expand_v), rwkv.decay_low_rank)
     dtype = getattr(torch, cfg.trainer.dtype)
+    values = round(d * rwkv.expand_v) // rwkv.num_heads
     of_heads, width = (mamba.head_dim, mamba.state_size), mamba.expand * d // mamba.n_groups
+
+    def recurrence(op: str, asked: str, fits: bool) -> str:
+        # Kernels that cannot hold a head are an error where they are called, if they ever are.
+        return serving_backend(op, asked, device_type, steps, fits) if fits or "+" in asked else asked
+
     return {
-        "wkv6": kernels.wkv6,
-        "ssd": kernels.ssd,
+        "wkv6": recurrence("wkv6", kernels.wkv6, values_fit(values)),
+        "ssd": recurrence("ssd", kernels.ssd, state_fits(*of_heads)),
         "conv": conv_backend(kernels.ssd, device_type, mamba.conv_kernel),
         "ddlerp": ddlerp_backend(kernels.wkv6, device_type, d, rwkv.shift_low_rank, outputs, dtype),
-        "wkv6_norm": norm_backend("wkv6", kernels.wkv6, device_type, round(d * rwkv.expand_v) // rwkv.num_heads),
+        "wkv6_norm": norm_backend("wkv6", kernels.wkv6, device_type, values),
         "ssd_norm": norm_backend("ssd", kernels.ssd, device_type, width),
-        "mamba2": mamba2_backend(kernels.ssd, device_type, cfg.data.seq_len, mamba.conv_kernel, *of_heads, width),
+        "mamba2": mamba2_backend(kernels.ssd, device_type, steps, mamba.conv_kernel, *of_heads, width),
     }
 
 

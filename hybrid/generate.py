@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrid.arguments import Parser
+from hybrid.arguments import Parser, describe, fail
 from hybrid.config import ConfigError, from_yaml
 from hybrid.data import DataError, Tokenizer, load_tokenizer
 from hybrid.schema import Config, KernelsConfig
@@ -29,16 +29,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default cpu")
     options = parser.parse_args(arguments)
     try:
-        if options.tokens < 0 or options.temperature < 0 or options.top_k < 0:
-            raise ConfigError("--tokens, --temperature and --top-k must not be negative")
+        if options.tokens < 0 or not 0 <= options.temperature < float("inf") or options.top_k < 0:
+            raise ConfigError("--tokens, --temperature and --top-k must be finite and not negative")
+        if not 0 <= options.seed < 2**63:
+            raise ConfigError(f"--seed must be from 0 to 2^63 - 1, got {options.seed}")
         if not options.prompt:
             raise ConfigError("--prompt is empty; the model needs at least one token to begin with")
         cfg, tokenizer, weights = find(options.checkpoint)
         prompt = tokenizer.encode(options.prompt).tolist()
         model = load(cfg, weights, options.device)
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except OSError as error:
+        fail(describe(error))
     sys.stdout.write(options.prompt)
     text = Decoder(tokenizer)
     try:
@@ -60,7 +63,7 @@ def find(checkpoint: Path) -> tuple[Config, Tokenizer, Path]:
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder} is no run folder: it has no config.yaml")
     weights = checkpoint if checkpoint.is_file() else folder / "checkpoints" / "best.safetensors"
-    if not weights.exists():
+    if not weights.is_file():
         raise ConfigError(f"{folder} has no weights yet (checkpoints/best.safetensors)")
     return from_yaml(folder / "config.yaml"), load_tokenizer(folder / "tokenizer.json"), weights
 
@@ -108,7 +111,8 @@ def pick(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.
         return int(logits.argmax())
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+    scaled = (logits.double() - logits.max()) / temperature  # however small it is, the largest stays 0
+    return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
 
 
 class Decoder:

@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         fail(str(error))
     except OSError as error:
         fail(describe(error))
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
 
 
 def profile(cfgs: list[Config], options: argparse.Namespace) -> None:

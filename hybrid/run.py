@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid.config import ConfigError
+from hybrid.config import ConfigError, used_parts
 from hybrid.data import Corpus, prepare
 from hybrid.progress import RunProgress
 from hybrid.records import RunBusy, RunFolder, describe_run, run_id
@@ -238,18 +238,25 @@ def train(jobs: list[Job]) -> tuple[list[dict[str, Any]], bool]:
             Member(r.cfg, r.corpus, r.folder, job.progress, job.judge) for r, job in zip(runs, jobs, strict=True)
         ]
         trainer = Trainer(*members)
-        cfg = jobs[0].run.cfg
-        plain = [op for op in ("wkv6", "ssd") if getattr(cfg.kernels, op) == "torch" and cfg.trainer.device != "cpu"]
+        slow = slow_kernels(jobs[0].run.cfg)
         for job in jobs:
             job.run.folder.note(f"kernels: {trainer.environment['kernels']}, device: {trainer.environment['device']}")
-            if plain:
-                choices = " and ".join(f"kernels.{op}=torch" for op in plain)
-                job.progress.message(f"slow: plain PyTorch computes the recurrences on the GPU ({choices})")
+            if slow:
+                job.progress.message(slow)
         try:
             return trainer.train(), trainer.asked_to_stop
         except DamagedCheckpoint as error:
             for job in jobs:
                 job.progress.message(str(error))
+
+
+def slow_kernels(cfg: Config) -> str | None:
+    """What to tell whoever trains on a GPU without the kernels for it."""
+    used = {op for part, op in (("rwkv", "wkv6"), ("mamba", "ssd")) if part in used_parts(cfg.model)}
+    plain = [f"kernels.{op}=torch" for op in sorted(used) if getattr(cfg.kernels, op) == "torch"]
+    if cfg.trainer.device == "cpu" or not plain:
+        return None
+    return f"slow: plain PyTorch computes the recurrence on the GPU ({' and '.join(plain)})"
 
 
 def parameter_table(cfg: Config) -> str:

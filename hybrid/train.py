@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         if "-m" in arguments and any(re.match("--cfg|-c$", a) for a in arguments):
             raise ConfigError("--cfg shows the configuration of one run; leave -m out")
         check_choices(arguments)
+        check_flags(for_hydra)
         register(for_sweeper)
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
     except (ConfigError, DataError) as error:
@@ -160,6 +162,13 @@ def check_choices(arguments: list[str]) -> None:
             empty = choice == "null" and group not in ("blocks", "gate_init")
             if empty or re.fullmatch(r"[\d.e+-]+|true|false", choice):
                 raise ConfigError(f"{group}={choice}: no such choice (there are {', '.join(group_options(group))})")
+
+
+def check_flags(arguments: list[str]) -> None:
+    """Hydra answers a flag that it does not know with its usage; say it in a line instead."""
+    parser = get_args_parser()
+    parser.error = lambda message: fail(f"{message} (--help shows what there is)")  # type: ignore[method-assign]
+    parser.parse_args(arguments)
 
 
 def explain(error: Exception) -> str:

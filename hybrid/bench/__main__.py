@@ -26,6 +26,16 @@ exit status: 0, 1 for a row that failed or became slower, 2 for bad arguments
 """
 PRESETS = ("hybrid_5m", "hybrid_6m", "hybrid_8m", "transformer", "rwkv6", "mamba2")
 WAYS = ("eager", "graph", "auto", "seeds", "transformer")
+# Keys that the rows of a command set themselves, and the option that says to what.
+SET = {
+    "gpu": {"trainer.batch_size": "--shapes", "data.seq_len": "--shapes", "trainer.compile": "--rows",
+            "trainer.cuda_graph": "--rows"},
+    "cpu": {},
+    "matrix": dict.fromkeys(("trainer.batch_size", "trainer.dtype", "trainer.compile", "trainer.cuda_graph",
+                             "data.seq_len"), ""),
+    "memory": {"model": "--models", "trainer.batch_size": "--shape", "data.seq_len": "--shape",
+               "trainer.grad_accum": "--budget-gb"},
+}  # fmt: skip
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -135,17 +145,24 @@ def measure(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hybrid.bench import document, show
+    from hybrid.bench.configure import SMOKE
+    from hybrid.bench.gpu import COMMON
     from hybrid.bench.session import Session
     from hybrid.bench.task import Runner, Task
 
     old = document.read(options.compare, options.command) if options.compare else None
-    data = ["data=shakespeare"] if options.data is None else ["data=text", f"data.path='{options.data.resolve()}'"]
-    check_overrides([*data, *options.overrides])
+    cpu = options.command == "cpu"
+    if options.data is not None:
+        data = ["data=text", f"data.path={quoted(options.data.resolve())}"]
+    else:
+        data = [] if cpu else ["data=shakespeare"]
+    check_not_set(options.command, options.overrides)
+    check_overrides([*(SMOKE if cpu else COMMON), *data, *options.overrides])
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=170)
     if options.cold and options.in_process:
         raise document.BadDocument("--cold needs a process for every row: leave out --in-process")
     runner = Runner(isolated=not options.in_process, timeout=options.timeout, cold=options.cold)
-    if options.command == "cpu":
+    if cpu:
         device = {"device": document.cpu_name(), "cuda": False}
     else:
         device = runner(Task("device", "device", kind="device"))
@@ -179,6 +196,23 @@ def run_command(name: str, session: object) -> None:
     importlib.import_module(f"hybrid.bench.{name}").run(session)
 
 
+def quoted(path: Path) -> str:
+    """A path as Hydra's command line has it, whatever is in its name."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text=str(path).replace("${", "\\${"), quote=Quote.single).with_quotes()
+
+
+def check_not_set(command: str, overrides: list[str]) -> None:
+    """Raise ``ConfigError`` for a key that the rows of a command set themselves: it would have no or another effect."""
+    from hybrid.config import ConfigError
+
+    for key in (text.partition("=")[0].lstrip("+~") for text in overrides):
+        if key in ("seed_init", "seed_data", *SET[command]):
+            option = SET[command].get(key)
+            raise ConfigError(f"{key} is set by hybrid.bench {command} itself" + (f" (see {option})" if option else ""))
+
+
 def check_overrides(overrides: list[str]) -> None:
     """Raise ``ConfigError`` for what no row could use, before any is measured."""
     from hydra.errors import HydraException
@@ -187,8 +221,9 @@ def check_overrides(overrides: list[str]) -> None:
     from hybrid.bench.configure import configuration
     from hybrid.config import ConfigError
     from hybrid.run import check_data
-    from hybrid.train import explain
+    from hybrid.train import check_choices, explain
 
+    check_choices(overrides)
     try:
         check_data(configuration(overrides))
     except (HydraException, OmegaConfBaseException) as error:

@@ -10,6 +10,8 @@ from hybrid.schema import Config
 if TYPE_CHECKING:
     from hybrid.data import Corpus
 
+SMOKE = ["sweep=smoke", "sweep.arms={}", "sweep.seeds=null"]  # one run of that sweep
+
 
 def configuration(overrides: list[str]) -> Config:
     """What ``python -m hybrid.train OVERRIDES`` would train.

@@ -102,14 +102,24 @@ def read(path: Path, command: str | None = None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise BadDocument(f"cannot read {path}: {str(error).splitlines()[0]}") from error
     rows = content.get("rows") if isinstance(content, dict) else None
-    whole = isinstance(rows, list) and all(
-        isinstance(row, dict) and {"group", "name", "status"} <= row.keys() and row["status"] in STATUS for row in rows
-    )
-    if not whole or content.get("schema") != SCHEMA:
+    if not (isinstance(rows, list) and all(map(is_row, rows)) and is_head(content)):
         raise BadDocument(f"{path} is no benchmark record ({SCHEMA})")
     if command is not None and content.get("command") != command:
         raise BadDocument(f"{path} is of the command {content.get('command')}, not {command}")
     return content
+
+
+def is_head(content: dict[str, Any]) -> bool:
+    device, command = content.get("device"), content.get("command")
+    return content.get("schema") == SCHEMA and isinstance(device, dict) and isinstance(command, str)
+
+
+def is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not {"group", "name", "status"} <= row.keys() or row["status"] not in STATUS:
+        return False
+    measured = [row.get(key) for key in ("median", "q1", "q3")]
+    unmeasured = row["status"] != "ok" or measured[0] is None
+    return unmeasured or all(type(number) in (int, float) for number in measured)
 
 
 def check_comparable(old: dict[str, Any], device: str) -> None:

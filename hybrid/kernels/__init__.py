@@ -125,7 +125,12 @@ def _rounded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _state_fits(P: int, N: int) -> bool:
+def values_fit(V: int) -> bool:
+    """Whether the fused wkv6 kernels hold the values of a head."""
+    return V <= LARGEST_V
+
+
+def state_fits(P: int, N: int) -> bool:
     """Whether the fused ssd kernels hold the state of a head."""
     return _rounded(P) * _rounded(N) <= LARGEST_STATE
 
@@ -139,7 +144,7 @@ def mamba2_backend(
     filters of ``filter_width``, the recurrence, and a norm of ``norm_width`` channels a group.
     """
     fused = (
-        _state_fits(head_dim, state_size)
+        state_fits(head_dim, state_size)
         and serving_backend("ssd", backend, device_type, steps) == "triton"
         and conv_backend(backend, device_type, filter_width) == "triton"
         and norm_backend("ssd", backend, device_type, norm_width) == "triton"
@@ -181,7 +186,7 @@ def wkv6(
         raise ValueError("wkv6 needs at least one step, got T=0")
     if initial_state is not None and initial_state.shape != (B, H, K, V):
         raise ValueError(f"wkv6 initial_state must be {[B, H, K, V]}, got {list(initial_state.shape)}")
-    serving = serving_backend("wkv6", backend, r.device.type, r.shape[1], fits=V <= LARGEST_V)
+    serving = serving_backend("wkv6", backend, r.device.type, r.shape[1], fits=values_fit(V))
     if serving == "triton":
         from hybrid.kernels.wkv6_triton import wkv6_triton
 
@@ -236,7 +241,7 @@ def ssd(
         raise ValueError(f"ssd needs D [{H}], got {list(D.shape)}")
     if initial_state is not None and initial_state.shape != (batch, H, P, N):
         raise ValueError(f"ssd initial_state must be {[batch, H, P, N]}, got {list(initial_state.shape)}")
-    serving = serving_backend("ssd", backend, x.device.type, T, _state_fits(P, N))
+    serving = serving_backend("ssd", backend, x.device.type, T, state_fits(P, N))
     if serving == "triton":
         from hybrid.kernels.ssd_triton import ssd_triton
 
@@ -295,7 +300,7 @@ def mamba2_between(
         raise ValueError(f"mamba2_between needs zxBCdt [B,T,2 inner + 2 groups N + H] and parts that fit; got {shapes}")
     if eps <= 0:
         raise ValueError(f"mamba2_between needs an eps above 0, got {eps}")
-    held = _state_fits(inner // H, N) and inner // groups <= WIDEST_NORM
+    held = state_fits(inner // H, N) and inner // groups <= WIDEST_NORM
     if not held or filters.shape[1] > LONGEST_FILTER:
         raise ValueError("the heads, norms or filters are too large for the kernels of mamba2_between")
     if T == 0:

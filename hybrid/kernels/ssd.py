@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid.kernels.wkv6 import LOWEST
+
 CHUNK = 64  # steps a chunk
 
 
@@ -36,7 +38,7 @@ def ssd_torch(
     x, dt, B, C = (t.to(compute) for t in (x, dt, B, C))
     chunk = min(CHUNK, T)
     pad = -T % chunk
-    log_decay = dt.double() * A.double()  # [batch,T,H]
+    log_decay = (dt.double() * A.double()).clamp_min(LOWEST)  # [batch,T,H]
 
     def to_chunks(t: Tensor) -> Tensor:  # [batch,T,heads,*] -> [batch,heads,n,C,*]
         t = t.transpose(1, 2)

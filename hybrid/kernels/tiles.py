@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# exp of less than this is zero in float32. Log decays are raised to it, so that their sums stay small enough to keep
-# the digits of the others.
-LOWEST = tl.constexpr(-104.0)
+from hybrid.kernels.wkv6 import LOWEST as LOWEST_DECAY
+
+LOWEST = tl.constexpr(LOWEST_DECAY)
 
 
 @triton.jit

@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 32  # steps a chunk
+# exp of less than this is zero in float32. Log decays are raised to it, so that their sums stay small enough to keep
+# the digits of the others.
+LOWEST = -104.0
 
 
 def log_decay(x: Tensor) -> Tensor:
@@ -43,7 +46,7 @@ def wkv6_torch(
 
     chunk = min(CHUNK, 1 << (T - 1).bit_length())
     pad = -T % chunk
-    r, k, v, w = (_to_chunks(x, chunk, pad) for x in (r, k, v, w.double()))  # [B,H,N,C,K or V]
+    r, k, v, w = (_to_chunks(x, chunk, pad) for x in (r, k, v, w.double().clamp_min(LOWEST)))  # [B,H,N,C,K or V]
     upto = w.cumsum(dim=-2)  # w_1 + ... + w_i, from the start of the chunk
     before = upto - w  # w_1 + ... + w_{i-1}
 

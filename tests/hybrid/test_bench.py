@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from hybrid.bench import document, floor, gpu, matrix, memory, process
-from hybrid.bench.__main__ import main
+from hybrid.bench.__main__ import main, quoted
+from hybrid.bench.configure import configuration
 from hybrid.bench.task import Runner, Task
 from hybrid.sizes import count_params
 from tests.hybrid.configs import config
@@ -91,6 +92,11 @@ BAD = {
     "choice": (["matrix", "model=tinny"], "did you mean tiny?"),
     "key": (["matrix", "trainer.batch_sise=3"], "trainer.batch_size"),
     "value": (["matrix", "optim.lr=-1"], "optim.lr"),
+    "null for a choice": (["matrix", "fusion=null"], "fusion=null: no such choice"),
+    "value that the rows cannot have": (["matrix", "schedule.min_lr=1e-5"], "no effect with schedule=constant"),
+    "key of the rows": (["matrix", "trainer.batch_size=4"], "trainer.batch_size is set by hybrid.bench matrix itself"),
+    "key of an option": (["gpu", "++data.seq_len=4"], "(see --shapes)"),
+    "seed": (["memory", "seed_init=4"], "seed_init is set"),
     "data": (["matrix", "--data", "/no/such/text"], "/no/such/text"),
     "old record": (["matrix", "--compare", "/no/such/record"], "/no/such/record"),
     "cold": (["matrix", "--cold", "--in-process"], "--in-process"),
@@ -115,6 +121,10 @@ def test_bad_arguments_are_one_line(case: str, tmp_path: Path, capsys: pytest.Ca
         ("[]", "no benchmark record"),
         (json.dumps({"schema": "groundthink.run/1", "rows": []}), "no benchmark record"),
         (json.dumps({"schema": document.SCHEMA, "rows": [{"group": "g"}]}), "no benchmark record"),
+        (json.dumps(record() | {"device": None}), "no benchmark record"),
+        (json.dumps(record() | {"command": None}), "no benchmark record"),
+        (json.dumps(record(row("a", [1, 2, 3], q3=None))), "no benchmark record"),
+        (json.dumps(record(row("a", [1, 2, 3], median="2"))), "no benchmark record"),
         (json.dumps(record(command="gpu")), "of the command gpu, not matrix"),
     ],
 )
@@ -124,6 +134,15 @@ def test_what_is_no_record_is_not_compared(
     (tmp_path / "old.json").write_text(text)
     assert run("matrix", "--compare", str(tmp_path / "old.json"), "--out", str(tmp_path / "out")) == 2
     assert words in capsys.readouterr().err
+
+
+def test_any_path_can_be_the_text(tmp_path: Path) -> None:
+    for name in ("it's", 'a "b"', "${c}", "d\\", "e=[1, 2]", "\\'"):
+        path = tmp_path / name / "text.txt"
+        path.parent.mkdir()
+        path.write_text("to be or not to be " * 200)
+        cfg = configuration(["model=tiny", "data=text", f"data.path={quoted(path)}", "data.seq_len=8"])
+        assert cfg.data.path == str(path)
 
 
 def test_records_of_two_devices_do_not_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +168,7 @@ def test_a_matrix_on_the_cpu(shared: tuple[str, ...], tmp_path: Path, capsys: py
     text = next(o for o in shared if o.startswith("data.path=")).partition("=")[2]
     cache = next(o for o in shared if o.startswith("data.cache_dir="))
     arguments = ["matrix", "--quick", "--steps", "10", "--in-process", "--data", text, "--out", str(tmp_path), cache]
-    assert run(*arguments, *TINY, "data.seq_len=16") == 0
+    assert run(*arguments, *TINY) == 0
     (path,) = tmp_path.glob("matrix-*.json")
     found = strict_json(path.read_text())
     assert found["schema"] == "groundthink.bench/1" and found["command"] == "matrix"
@@ -167,7 +186,7 @@ def test_a_matrix_on_the_cpu(shared: tuple[str, ...], tmp_path: Path, capsys: py
         assert one["factor"] == pytest.approx(one["tokens_per_second"] / rows["baseline"]["tokens_per_second"])
         assert len(one["losses"]) == 10 and one["loss"] == one["losses"][-1]  # a tenth of 10 steps
         assert one["deviation"] == pytest.approx(one["loss"] - rows["baseline"]["loss"])
-    assert rows["batch 16"]["tokens_per_step"] == 2 * rows["baseline"]["tokens_per_step"] == 2 * 8 * 16
+    assert rows["batch 16"]["tokens_per_step"] == 2 * rows["baseline"]["tokens_per_step"] == 2 * 8 * 64
     # The same batches and weights in another precision: other losses, by little.
     assert 0 < abs(rows["bfloat16"]["losses"][0] - rows["baseline"]["losses"][0]) < 0.05
     assert next(tmp_path.glob("matrix-*.png")).read_bytes().startswith(b"\x89PNG")

@@ -142,6 +142,8 @@ def test_every_gate_has_all_its_cases() -> None:
         (served("NVIDIA H100", wkv6="triton", ssd="torch"), ("model=rwkv6",), "pass"),  # which has no ssd
         (served(wkv6=None), (), "fail"),
         (served(ssd="auto"), (), "fail"),
+        (served("NVIDIA H100", wkv6="fla", conv="triton", ssd="triton"), ("kernels.wkv6=triton+fla",), "pass"),
+        (served("NVIDIA H100"), ("kernels.wkv6=triton+fla",), "fail"),
         (served("NVIDIA H100"), ("kernels.wkv6=triton",), "fail"),  # another serves than was asked for
         (served("NVIDIA H100", wkv6=None), ("model=mamba2",), "warn"),
         (served(), ("model=transformer",), "n/a"),

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from hybrid import kernels
+from hybrid.device import serving_kernels
+from hybrid.run import slow_kernels
+from tests.hybrid.configs import config
 from tests.hybrid.recurrences import ssd_reference, wkv6_of_raw_decays, wkv6_reference
 
 # Largest relative error ||a - b|| / ||b||. CPU: float32 arithmetic. CUDA: Triton multiplies float32 in TF32 (about
@@ -150,6 +153,55 @@ def test_wkv6_of_raw_decays(case: str, device: str, dtype: str, backend: str) ->
     function = functools.partial(with_backend("wkv6", backend), raw_decay=True)
     errors, _ = compare(function, wkv6_of_raw_decays, inputs, device, dtype, low={"r", "k", "v", "w"})
     report("wkv6", case, device, dtype, backend, errors)
+
+
+@pytest.mark.parametrize("decay", [-1e3, -1e13, -torch.inf])
+def test_a_step_that_forgets_all_takes_no_digits_from_others(decay: float) -> None:
+    """However large its log decay: sums of log decays are what the others are found from."""
+    inputs = wkv6_inputs(WKV6["slow"], torch.Generator().manual_seed(0))
+    inputs["w"][:, 7] = decay
+    errors, _ = compare(with_backend("wkv6", "torch"), wkv6_reference, inputs, "cpu", "float32", low={"r", "k", "v"})
+    assert max(errors.values()) < 3e-6, errors
+    inputs = ssd_inputs(SSD["groups"], torch.Generator().manual_seed(0))
+    inputs["dt"][:, 7], inputs["x"][:, 7] = min(-decay, 1e13), 0
+    wanted, found = ssd_reference(**inputs), kernels.ssd(**{k: x.float() for k, x in inputs.items()}, backend="torch")
+    for actual, expected in zip(found, wanted, strict=True):
+        assert relative_error(actual, expected) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked", "overrides", "serving"),
+    [
+        (64, "triton+fla", [], "triton"),
+        (20_000, "triton+fla", [], "fla"),
+        (64, "triton+fla", ["model.rwkv.num_heads=1", "model.rwkv.expand_v=2"], "fla"),
+        (20_000, "triton", [], "triton"),
+        (64, "torch", [], "torch"),
+    ],
+)
+def test_what_is_recorded_is_what_serves(
+    steps: int, asked: str, overrides: list[str], serving: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("triton", "fla", "mamba_ssm"):
+        monkeypatch.setitem(kernels._INSTALLED, package, True)
+    cfg = config("trainer.device=cuda", "trainer.dtype=float32", "kernels.ssd=torch", *overrides)
+    cfg.data.seq_len, cfg.kernels.wkv6 = steps, asked
+    assert serving_kernels(cfg)["wkv6"] == serving
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.device=cuda", "kernels=torch"], "kernels.ssd=torch and kernels.wkv6=torch"),
+        (["trainer.device=cuda", "kernels=torch", "model=mamba2"], "kernels.ssd=torch"),
+        (["trainer.device=cuda", "kernels=torch", "model=transformer"], None),
+        (["trainer.device=cuda", "kernels.ssd=triton", "model=mamba2"], None),
+        (["trainer.device=cpu", "kernels=torch"], None),
+    ],
+)
+def test_plain_pytorch_on_a_gpu_is_called_slow(overrides: list[str], said: str | None) -> None:
+    message = slow_kernels(config(*overrides))
+    assert message == (None if said is None else f"slow: plain PyTorch computes the recurrence on the GPU ({said})")
 
 
 def test_log_decays_of_low_precision_are_float32() -> None:

@@ -59,6 +59,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no steps": (["trainer.max_steps=0", "schedule.warmup_steps=0"], "trainer.max_steps must be at least 1, got 0"),
     "several values": (["seed_init=0,1"], "To sweep over it, add --multirun"),
     "no value": (["trainer.max_steps"], "trainer.max_steps"),
+    "unknown flag": (["--fast"], "unrecognized arguments: --fast"),
+    "flag without its value": (["--cfg"], "--cfg"),
     "torn quotes": (["variant='x"], "variant='x"),
     "heads and width": (["model.d_model=130"], "model.rwkv.expand_k=0.5 gives key width 65"),
     "Mamba heads": (["model.mamba.head_dim=48"], "model.mamba.head_dim=48 does not divide expand*d_model=256"),
