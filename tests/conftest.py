@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.runs import SMALL, Setting
+
+
+@pytest.fixture(autouse=True)
+def same_draws_every_time() -> None:
+    """What a test draws from PyTorch's own generator is the same in every session."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
