@@ -168,7 +168,12 @@ def check_flags(arguments: list[str]) -> None:
     """Hydra answers a flag that it does not know with its usage; say it in a line instead."""
     parser = get_args_parser()
     parser.error = lambda message: fail(f"{message} (--help shows what there is)")  # type: ignore[method-assign]
-    parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    modes = [f"--{name}" for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, name)]
+    if given.experimental_rerun:
+        fail("--experimental-rerun is not there: the same command finds its run and goes on with it")
+    if len(modes) > 1:
+        fail(f"only one of {' and '.join(modes)} can be asked for")
 
 
 def explain(error: Exception) -> str:

@@ -27,14 +27,15 @@ exit status: 0, 1 for a row that failed or became slower, 2 for bad arguments
 PRESETS = ("hybrid_5m", "hybrid_6m", "hybrid_8m", "transformer", "rwkv6", "mamba2")
 WAYS = ("eager", "graph", "auto", "seeds", "transformer")
 # Keys that the rows of a command set themselves, and the option that says to what.
+SEEDS = {"seed_init": "", "seed_data": ""}
 SET = {
-    "gpu": {"trainer.batch_size": "--shapes", "data.seq_len": "--shapes", "trainer.compile": "--rows",
+    "gpu": {**SEEDS, "trainer.batch_size": "--shapes", "data.seq_len": "--shapes", "trainer.compile": "--rows",
             "trainer.cuda_graph": "--rows"},
     "cpu": {},
-    "matrix": dict.fromkeys(("trainer.batch_size", "trainer.dtype", "trainer.compile", "trainer.cuda_graph",
-                             "data.seq_len"), ""),
-    "memory": {"model": "--models", "trainer.batch_size": "--shape", "data.seq_len": "--shape",
-               "trainer.grad_accum": "--budget-gb"},
+    "matrix": {**SEEDS, "trainer.batch_size": "", "trainer.dtype": "", "trainer.compile": "", "trainer.cuda_graph": "",
+               "data.seq_len": ""},
+    "memory": {**SEEDS, "model": "--models", "model.target_params": "--models", "trainer.batch_size": "--shape",
+               "data.seq_len": "--shape", "trainer.grad_accum": "--budget-gb"},
 }  # fmt: skip
 
 
@@ -145,7 +146,7 @@ def measure(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hybrid.bench import document, show
-    from hybrid.bench.configure import SMOKE
+    from hybrid.bench.configure import smoke
     from hybrid.bench.gpu import COMMON
     from hybrid.bench.session import Session
     from hybrid.bench.task import Runner, Task
@@ -157,7 +158,7 @@ def measure(options: argparse.Namespace) -> int:
     else:
         data = [] if cpu else ["data=shakespeare"]
     check_not_set(options.command, options.overrides)
-    check_overrides([*(SMOKE if cpu else COMMON), *data, *options.overrides])
+    check_overrides([*(smoke(options.quick) if cpu else COMMON), *data, *options.overrides])
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=170)
     if options.cold and options.in_process:
         raise document.BadDocument("--cold needs a process for every row: leave out --in-process")
@@ -208,8 +209,8 @@ def check_not_set(command: str, overrides: list[str]) -> None:
     from hybrid.config import ConfigError
 
     for key in (text.partition("=")[0].lstrip("+~") for text in overrides):
-        if key in ("seed_init", "seed_data", *SET[command]):
-            option = SET[command].get(key)
+        if key in SET[command]:
+            option = SET[command][key]
             raise ConfigError(f"{key} is set by hybrid.bench {command} itself" + (f" (see {option})" if option else ""))
 
 

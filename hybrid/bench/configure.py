@@ -10,8 +10,6 @@ from hybrid.schema import Config
 if TYPE_CHECKING:
     from hybrid.data import Corpus
 
-SMOKE = ["sweep=smoke", "sweep.arms={}", "sweep.seeds=null"]  # one run of that sweep
-
 
 def configuration(overrides: list[str]) -> Config:
     """What ``python -m hybrid.train OVERRIDES`` would train.
@@ -24,6 +22,13 @@ def configuration(overrides: list[str]) -> Config:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return resolve(compose("config", overrides=overrides))
+
+
+def smoke(quick: bool) -> list[str]:
+    """One run of the sweep ``smoke``; with ``quick`` a few of its steps."""
+    run = ["sweep=smoke", "sweep.arms={}", "sweep.seeds=null", "fusion=gated", "fusion.gate_init=0.5"]
+    few = ["trainer.max_steps=12", "schedule.warmup_steps=2", "trainer.eval_every=12"]
+    return [*run, *few] if quick else run
 
 
 def settle(cfgs: list[Config]) -> Corpus:

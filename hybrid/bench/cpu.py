@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid import kernels
-from hybrid.bench.configure import SMOKE, configuration
+from hybrid.bench.configure import configuration, smoke
 from hybrid.bench.document import find
 from hybrid.bench.session import Session
 from hybrid.bench.show import Column, number, timed
@@ -187,11 +187,8 @@ def loop(session: Session) -> None:
         return timed_call
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        smoke = [*SMOKE, *session.data, "fusion=gated", "fusion.gate_init=0.5", "trainer.device=cpu", f"out={folder}",
-                 "display.progress=off"]  # fmt: skip
-        if options.quick:
-            smoke += ["trainer.max_steps=12", "schedule.warmup_steps=2", "trainer.eval_every=12"]
-        cfg = configuration([*smoke, *options.overrides])
+        own = [*smoke(options.quick), *session.data, "trainer.device=cpu", f"out={folder}", "display.progress=off"]
+        cfg = configuration([*own, *options.overrides])
         run = plan(cfg, check_data(cfg), "bench")
         run.folder.create(run.cfg, run.corpus)
         progress = RunProgress("bench", cfg.trainer.max_steps, cfg.display, run.folder.note)

@@ -21,6 +21,7 @@ OPTIONS = {
 DEVIATION = 0.05  # nats per token by which a faster path may differ from the plain one
 COMMON = ["schedule=constant", "schedule.warmup_steps=10", "optim.lr=1e-3", "trainer.max_steps=10000000",
           "trainer.grad_accum=1", "display.progress=off"]  # fmt: skip
+OF_THE_HYBRID = ("model", "model.pattern", "model.target_params")  # overrides that the transformer does not share
 COLUMNS: list[Column] = [
     ("batch x T", lambda r: r["group"]),
     ("how", lambda r: r["name"]),
@@ -64,7 +65,8 @@ def run(session: Session) -> None:
             model = hybrid
             if way == "transformer":
                 target = session.parameters(hybrid)
-                model = ["model=transformer", f"model.target_params={target}", *base, *options.overrides]
+                others = [o for o in options.overrides if o.partition("=")[0].lstrip("+") not in OF_THE_HYBRID]
+                model = ["model=transformer", f"model.target_params={target}", *base, *others]
             task = Task(
                 group, name, [*model, *OPTIONS[name]], members=8 if way == "seeds" else 1, loss_steps=steps,
                 seconds=0.2 if options.quick else 0.5,
@@ -72,7 +74,7 @@ def run(session: Session) -> None:
             rows.append(session.measure(task))
             relate(rows, bandwidth)
     judge(session)
-    session.table("training steps: hybrid_5m, gated, bfloat16", COLUMNS)
+    session.table(" ".join(["training steps: hybrid_5m, gated, bfloat16", *options.overrides]), COLUMNS)
 
 
 def of_first_steps(device: Row) -> str:

@@ -97,6 +97,7 @@ BAD = {
     "key of the rows": (["matrix", "trainer.batch_size=4"], "trainer.batch_size is set by hybrid.bench matrix itself"),
     "key of an option": (["gpu", "++data.seq_len=4"], "(see --shapes)"),
     "seed": (["memory", "seed_init=4"], "seed_init is set"),
+    "steps of the loop": (["cpu", "--quick", "schedule.warmup_steps=15"], "must be below trainer.max_steps=12"),
     "data": (["matrix", "--data", "/no/such/text"], "/no/such/text"),
     "old record": (["matrix", "--compare", "/no/such/record"], "/no/such/record"),
     "cold": (["matrix", "--cold", "--in-process"], "--in-process"),

@@ -78,6 +78,16 @@ def test_weights_that_cannot_be_read_are_one_line(
     expect_error([str(copy)], "no weights yet", capsys)
 
 
+def test_what_the_system_says_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "best.safetensors")
+
+    monkeypatch.setattr("hybrid.training.checkpoint.load_weights", refuse)
+    expect_error([str(folder)], "best.safetensors: Permission denied", capsys)
+
+
 def expect_error(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -170,23 +170,29 @@ def test_a_step_that_forgets_all_takes_no_digits_from_others(decay: float) -> No
 
 
 @pytest.mark.parametrize(
-    ("steps", "asked", "overrides", "serving"),
+    ("op", "steps", "asked", "overrides", "serving"),
     [
-        (64, "triton+fla", [], "triton"),
-        (20_000, "triton+fla", [], "fla"),
-        (64, "triton+fla", ["model.rwkv.num_heads=1", "model.rwkv.expand_v=2"], "fla"),
-        (20_000, "triton", [], "triton"),
-        (64, "torch", [], "torch"),
+        ("wkv6", 64, "triton+fla", [], "triton"),
+        ("wkv6", 20_000, "triton+fla", [], "fla"),
+        ("wkv6", 64, "triton+fla", ["model.rwkv.num_heads=1", "model.rwkv.expand_v=2"], "fla"),
+        # An error where it is called, if it ever is.
+        ("wkv6", 64, "triton", ["model.rwkv.num_heads=1", "model.rwkv.expand_v=2"], "triton"),
+        ("wkv6", 20_000, "triton", [], "triton"),
+        ("wkv6", 64, "torch", [], "torch"),
+        ("ssd", 64, "triton+mamba_ssm", [], "triton"),
+        ("ssd", 20_000, "triton+mamba_ssm", [], "mamba_ssm"),
+        ("ssd", 64, "triton+mamba_ssm", ["model.mamba.state_size=1024"], "mamba_ssm"),
     ],
 )
 def test_what_is_recorded_is_what_serves(
-    steps: int, asked: str, overrides: list[str], serving: str, monkeypatch: pytest.MonkeyPatch
+    op: str, steps: int, asked: str, overrides: list[str], serving: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("triton", "fla", "mamba_ssm"):
         monkeypatch.setitem(kernels._INSTALLED, package, True)
-    cfg = config("trainer.device=cuda", "trainer.dtype=float32", "kernels.ssd=torch", *overrides)
-    cfg.data.seq_len, cfg.kernels.wkv6 = steps, asked
-    assert serving_kernels(cfg)["wkv6"] == serving
+    cfg = config("trainer.device=cuda", "trainer.dtype=float32", "kernels=torch", *overrides)
+    cfg.data.seq_len = steps
+    setattr(cfg.kernels, op, asked)
+    assert serving_kernels(cfg)[op] == serving
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,21 @@ from hybrid import start
 
 BESIDE = """
 import gc, sys, threading
+from hybrid import start
 from hybrid.start import import_torch, import_training, keep_imports
 keep_imports()
 assert "torch" not in sys.modules
 import_torch()
 frozen = gc.get_freeze_count()
 assert frozen > 10_000 and gc.isenabled()
+contexts = []
+start.make_context = contexts.append
 import_training("cuda")  # a device that need not be there
 assert gc.get_freeze_count() > 1.5 * frozen and gc.isenabled()
 for thread in threading.enumerate():
     if thread is not threading.current_thread():
         thread.join(60)
+assert contexts == ["cuda"]
 frozen = gc.get_freeze_count()
 import_training("cuda")
 assert gc.get_freeze_count() == frozen  # only what the first time has imported is never looked through again
@@ -66,12 +70,21 @@ def test_what_is_done_in_threads_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, nobody would see an error."""
     calls: list[object] = []
     driver = SimpleNamespace(cuInit=calls.append)
-    monkeypatch.setattr(start.ctypes, "CDLL", lambda name: calls.append(name) or driver)
+    monkeypatch.setattr(start, "ctypes", SimpleNamespace(CDLL=lambda name: calls.append(name) or driver))
     start.reach_driver()
     assert calls == ["libcuda.so.1", 0]
     start.make_context("cpu")
     with pytest.raises((RuntimeError, AssertionError)):
         start.make_context("cuda:99")
+
+
+def test_nobody_waits_for_the_tasks_but_the_end_of_the_process() -> None:
+    done, threads = threading.Event(), []
+    start.meanwhile(lambda: threads.append(threading.current_thread()), lambda: done.wait(10), threads.clear)
+    while not threads:
+        pass
+    assert not threads[0].daemon
+    done.set()
 
 
 def test_a_task_that_fails_stops_no_other() -> None:

@@ -61,6 +61,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no value": (["trainer.max_steps"], "trainer.max_steps"),
     "unknown flag": (["--fast"], "unrecognized arguments: --fast"),
     "flag without its value": (["--cfg"], "--cfg"),
+    "two flags that exclude each other": (["--run", "--cfg=job"], "only one of --run and --cfg"),
+    "flag for what the command does anyway": (["--experimental-rerun", "x"], "the same command finds its run"),
     "torn quotes": (["variant='x"], "variant='x"),
     "heads and width": (["model.d_model=130"], "model.rwkv.expand_k=0.5 gives key width 65"),
     "Mamba heads": (["model.mamba.head_dim=48"], "model.mamba.head_dim=48 does not divide expand*d_model=256"),
