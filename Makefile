@@ -22,7 +22,8 @@ sweep: setup
 	@$(BIN)/python -m hybrid.train -m sweep=smoke out=$(OUT); status=$$?; \
 	$(BIN)/python -m analysis.report $(OUT)/smoke && exit $$status
 
-# Files of tests side by side, one thread each: the tests start many small processes of their own.
+# Files of tests side by side, one thread each: the tests start many small processes of their own. In the files' order:
+# xdist's own puts those of few tests last, among them the longest.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

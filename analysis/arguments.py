@@ -1,4 +1,7 @@
-"""Arguments of the command lines, and how they end: what is wrong in one line."""
+"""Arguments of the command lines, and how they end: what is wrong in one line.
+
+As ``hybrid.arguments``, which nothing here imports.
+"""
 
 from __future__ import annotations
 

@@ -43,3 +43,8 @@ def override(text: str) -> str:
     if not re.match(r"[+~]*[\w.@/]+=", text):
         raise argparse.ArgumentTypeError(f"'{text}' is no key=value")
     return text
+
+
+def plain_key(text: str) -> str:
+    """The key or group of an override."""
+    return text.lstrip("+~").partition("=")[0]

@@ -70,7 +70,7 @@ def import_training(device: str) -> None:
         if cuda:
             with contextlib.suppress(ImportError):
                 names = importlib.import_module("torch._inductor.runtime.triton_compat")
-                meanwhile(lambda: make_context(device), lambda: names.triton_key())
+                meanwhile(lambda: make_context(device), lambda: names.triton_key())  # looked up there: it may be gone
         importlib.import_module(TRAINING)
         if cuda:
             with contextlib.suppress(ImportError):

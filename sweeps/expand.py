@@ -11,10 +11,11 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from hybrid.arguments import plain_key
 from hybrid.config import ConfigError, group_options
 from hybrid.records import safe_name, short_hash
 from hybrid.schema import SweepConfig
-from sweeps.overwriting import check_nature, plain_key
+from sweeps.overwriting import check_nature
 
 SEED_KEYS = ("seed_init", "seed_data")
 NO_WORDS = ("null", "true", "false", "inf", "nan")  # to Hydra, unless quoted

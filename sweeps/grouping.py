@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from hybrid.arguments import plain_key
 from hybrid.config import identity
 from hybrid.run import PlannedRun
 from sweeps.expand import SEED_KEYS, hydra_value
-from sweeps.overwriting import plain_key
 
 # What may differ, by section of the configuration, besides the seeds.
 APART = {"optim": ("lr", "rwkv_lr_mult", "mamba_lr_mult", "fusion_lr_mult"), "init": ("stream",)}

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from omegaconf import OmegaConf
 
+from hybrid.arguments import plain_key
 from hybrid.config import CONF_DIR, ConfigError, default_options
 
 NATURE = ("model.pattern", "model.branches", "fusion.name", "init.name")  # what a choice of a group is made for
@@ -54,8 +55,3 @@ def set_by(group: str, option: str | None) -> dict[str, str]:
     content = OmegaConf.load(path)
     keys = [key.partition(".") for key in NATURE if key.startswith(f"{package[1] if package else group}.")]
     return {f"{of}.{key}": str(content[key]) for of, _, key in keys if content.get(key) is not None}
-
-
-def plain_key(line: str) -> str:
-    """The key or group of an override."""
-    return line.lstrip("+~").partition("=")[0]

@@ -13,13 +13,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from hybrid.arguments import plain_key
 from hybrid.config import ConfigError, read_composed, resolve
 from hybrid.progress import duration
 from hybrid.run import PlannedRun, SweepFailed, check_data, fit_to_corpus, plan, probe
 from hybrid.schema import Config, SearchConfig, SweepConfig
 from sweeps.expand import SEED_KEYS, Groups, Job, expand, hydra_value, name_of_axes
 from sweeps.outcome import BEST_GROUPS, best_trials, file_name, print_outcome, write_best, write_search_file
-from sweeps.overwriting import plain_key
 from sweeps.sampling import rehearse
 from sweeps.setting import setting_of
 from sweeps.space import Space, from_command_line

@@ -22,13 +22,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from optuna.pruners import NopPruner, PatientPruner
 from optuna.trial import Trial, TrialState
 
+from hybrid.arguments import plain_key
 from hybrid.config import ConfigError, resolve
 from hybrid.data import Corpus
 from hybrid.records import RunBusy, code_version
 from hybrid.run import PlannedRun, check_data, execute, fit_to_corpus, plan
 from hybrid.schema import Config
 from sweeps.outcome import write_search_file
-from sweeps.overwriting import plain_key
 from sweeps.space import Space
 from sweeps.stopping import Noticed
 from sweeps.storage import storage_errors

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hybrid.arguments import Parser, amount, describe, fail, override
+from hybrid.arguments import Parser, amount, describe, fail, override, plain_key
 
 USAGE = """\
 commands:
@@ -136,7 +136,7 @@ def compare_files(options: argparse.Namespace) -> int:
 
     old = document.read(options.old)
     new = document.read(options.new, old["command"])
-    document.check_comparable(old, new.get("device", {}).get("device"))
+    document.check_comparable(old, new["device"].get("device"))
     found = document.compare(old, new)
     show.comparison(Console(), found)
     return 1 if document.regressions(found) else 0
@@ -208,7 +208,7 @@ def check_not_set(command: str, overrides: list[str]) -> None:
     """Raise ``ConfigError`` for a key that the rows of a command set themselves: it would have no or another effect."""
     from hybrid.config import ConfigError
 
-    for key in (text.partition("=")[0].lstrip("+~") for text in overrides):
+    for key in map(plain_key, overrides):
         if key in SET[command]:
             option = SET[command][key]
             raise ConfigError(f"{key} is set by hybrid.bench {command} itself" + (f" (see {option})" if option else ""))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.config import CONF_DIR, resolve
 from hybrid.schema import Config
+from hybrid.start import import_torch
 
 if TYPE_CHECKING:
     from hybrid.data import Corpus
@@ -34,7 +35,6 @@ def smoke(quick: bool) -> list[str]:
 def settle(cfgs: list[Config]) -> Corpus:
     """Load the corpus of runs that train together, and replace what is open in them by what it is on this machine."""
     from hybrid.run import check_data
-    from hybrid.start import import_torch
 
     import_torch(cfgs[0].trainer.device)
     import torch

@@ -124,7 +124,7 @@ def is_row(row: Any) -> bool:
 
 def check_comparable(old: dict[str, Any], device: str) -> None:
     """Raise ``BadDocument`` where the devices differ: times of two machines say nothing about the code."""
-    before = old.get("device", {}).get("device")
+    before = old["device"].get("device")
     if before != device:
         raise BadDocument(f"cannot compare: the earlier record is of {before}, this one of {device}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybrid.arguments import plain_key
 from hybrid.bench.document import find
 from hybrid.bench.floor import FORMULA
 from hybrid.bench.session import Session
@@ -65,7 +66,7 @@ def run(session: Session) -> None:
             model = hybrid
             if way == "transformer":
                 target = session.parameters(hybrid)
-                others = [o for o in options.overrides if o.partition("=")[0].lstrip("+") not in OF_THE_HYBRID]
+                others = [o for o in options.overrides if plain_key(o) not in OF_THE_HYBRID]
                 model = ["model=transformer", f"model.target_params={target}", *base, *others]
             task = Task(
                 group, name, [*model, *OPTIONS[name]], members=8 if way == "seeds" else 1, loss_steps=steps,

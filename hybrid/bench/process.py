@@ -7,6 +7,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from hybrid.arguments import plain_key
 from hybrid.bench.task import Row, Task, one_line
 from hybrid.start import import_torch, import_training, keep_imports
 
@@ -34,7 +35,7 @@ def measure(task: Task, begun: float) -> Row:
 
 def asked_device(overrides: list[str]) -> str:
     """What the overrides say of ``trainer.device``."""
-    found = [value for key, _, value in (override.partition("=") for override in overrides) if key == "trainer.device"]
+    found = [override.partition("=")[2] for override in overrides if plain_key(override) == "trainer.device"]
     return found[-1] if found else "auto"
 
 

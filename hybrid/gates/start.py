@@ -28,7 +28,8 @@ class Kernels(Gate):
         more = {"kernels": served}
         for op, backend in served.items():
             asked = getattr(self.cfg.kernels, op, "auto")
-            if backend in (None, "auto") or (asked not in ("auto", backend) and backend not in asked.split("+")):
+            one_asked_for = asked == "auto" or backend in (asked, *asked.split("+"))
+            if backend in (None, "auto") or not one_asked_for:
                 return Reading("fail", f"{op} is served by {backend or 'nothing'}, asked for: {asked}", more=more)
         slow = [op for op, backend in served.items() if backend == "torch"]
         if environment["device"] != "cpu" and slow:

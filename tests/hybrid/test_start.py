@@ -79,12 +79,11 @@ def test_what_is_done_in_threads_works(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_waits_for_the_tasks_but_the_end_of_the_process() -> None:
-    done, threads = threading.Event(), []
-    start.meanwhile(lambda: threads.append(threading.current_thread()), lambda: done.wait(10), threads.clear)
-    while not threads:
-        pass
-    assert not threads[0].daemon
-    done.set()
+    running, end, threads = threading.Event(), threading.Event(), []
+    start.meanwhile(lambda: threads.append(threading.current_thread()), running.set, lambda: end.wait(10))
+    assert running.wait(10)
+    assert threads[0] is not threading.current_thread() and not threads[0].daemon
+    end.set()
 
 
 def test_a_task_that_fails_stops_no_other() -> None:
