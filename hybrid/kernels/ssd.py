@@ -7,18 +7,27 @@ Per head, with state h [P,N], input x_t [P], step dt_t > 0, A < 0, and B_t, C_t 
     y_t = h_t C_t + D x_t
 
 The decay is one number per head and step, so the weight of step j for step i is (C_i . B_j) exp(sum of dt A between
-them) dt_j: exponents are differences of a cumulative sum, formed in float64 and masked before exp.
+them) dt_j: exponents are differences of a cumulative sum in float64, masked before exp.
+
+Forward and backward are one operator each, so that what autograd would keep and add up of the many [C,C] matrices is
+changed in place.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid.kernels.wkv6 import LOWEST
+from hybrid.kernels.operators import operator
+from hybrid.kernels.seeds import register_seeds
 
 CHUNK = 64  # steps a chunk
+# exp of less than this is zero in float32. Log decays are raised to it, so that their sums stay small enough to keep
+# the digits of the others.
+LOWEST = -104.0
 
 
 def ssd_torch(
@@ -32,48 +41,153 @@ def ssd_torch(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Chunked form on any device; shapes as in ``hybrid.kernels.ssd``. Computes in float32 (float64 for float64)."""
-    batch, T, H, P = x.shape
-    G = B.shape[-2]
+    T = x.shape[1]
     compute = torch.promote_types(x.dtype, torch.float32)
     x, dt, B, C = (t.to(compute) for t in (x, dt, B, C))
+    initial_state = None if initial_state is None else initial_state.to(compute)
     chunk = min(CHUNK, T)
-    pad = -T % chunk
     log_decay = (dt.double() * A.double()).clamp_min(LOWEST)  # [batch,T,H]
-
-    def to_chunks(t: Tensor) -> Tensor:  # [batch,T,heads,*] -> [batch,heads,n,C,*]
-        t = t.transpose(1, 2)
-        if pad:
-            t = F.pad(t, (0, 0) * (t.dim() - 3) + (0, pad))
-        return t.unflatten(2, (-1, chunk))
-
-    # Heads are laid out as (group, head in group), so that B and C of a group broadcast over its heads.
-    xs = to_chunks(x * dt.unsqueeze(-1)).unflatten(1, (G, H // G))  # [batch,G,h,n,C,P]
-    upto = to_chunks(log_decay).cumsum(-1).unflatten(1, (G, H // G))  # [batch,G,h,n,C]
-    Bs, Cs = to_chunks(B).unsqueeze(2), to_chunks(C).unsqueeze(2)  # [batch,G,1,n,C,N]
-
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    gap = (upto.unsqueeze(-1) - upto.unsqueeze(-2)).to(compute).masked_fill(~causal, -torch.inf)
-    y = ((Cs @ Bs.transpose(-1, -2)) * gap.exp()) @ xs  # [batch,G,h,n,C,P]
-
-    # States at the chunk borders; padded steps have dt = 0 and leave the state as it is.
-    chunks = xs.shape[3]
-    state = None if initial_state is None else initial_state.to(compute).unflatten(1, (G, H // G))
-    if state is not None or chunks > 1 or output_final_state:
-        total = upto[..., -1:]
-        gained = (xs * (total - upto).to(compute).exp().unsqueeze(-1)).transpose(-1, -2) @ Bs  # [batch,G,h,n,P,N]
-        kept = total.to(compute).exp().unsqueeze(-1)  # [batch,G,h,n,1,1]
-        if state is None and chunks == 1:
-            state = gained[:, :, :, 0]
-        else:
-            state = torch.zeros_like(gained[:, :, :, 0]) if state is None else state
-            borders = []
-            for n in range(chunks):
-                borders.append(state)
-                if n + 1 < chunks or output_final_state:
-                    state = kept[:, :, :, n] * state + gained[:, :, :, n]
-            entering = torch.stack(borders, dim=3)
-            y = y + (Cs @ entering.transpose(-1, -2)) * upto.to(compute).exp().unsqueeze(-1)
-    y = y.flatten(1, 2).reshape(batch, H, -1, P)[:, :, :T].transpose(1, 2)
+    # Padded steps have dt = 0 and leave the state as it is.
+    chunked = (_to_chunks(t, chunk) for t in (x * dt.unsqueeze(-1), log_decay, B, C))
+    y, state, _ = _forward(*chunked, initial_state, output_final_state, torch.is_grad_enabled())
+    y = y.flatten(2, 3)[:, :, :T].transpose(1, 2)
     if D is not None:
         y = y + D.to(compute).unsqueeze(-1) * x
-    return y, state.flatten(1, 2) if output_final_state else None
+    return y, state if output_final_state else None
+
+
+def _to_chunks(x: Tensor, chunk: int) -> Tensor:
+    """[batch,T,heads,...] -> [batch,heads,n,C,...], padded with zeros at the end."""
+    x = x.transpose(1, 2)
+    if pad := -x.shape[2] % chunk:
+        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, pad))
+    return x.unflatten(2, (-1, chunk)).contiguous()
+
+
+def _in_groups(x: Tensor, G: int) -> Tensor:
+    """[batch,H,...] -> [batch,G,H/G,...], beside which B and C of a group broadcast over its heads."""
+    return x.unflatten(1, (G, -1))
+
+
+def _between(upto: Tensor, dtype: torch.dtype) -> Tensor:
+    """The decays exp(a_{j+1} + ... + a_i) between the steps of a chunk [...,C,C], zero for j > i; of upto [...,C]."""
+    upto = upto * math.log2(math.e)
+    # The difference of two float64 by float32: of their first digits, then of the rest.
+    first = upto.to(dtype)
+    rest = (upto - first).to(dtype)
+    gap = first.unsqueeze(-1) - first.unsqueeze(-2)
+    gap.add_(rest.unsqueeze(-1)).sub_(rest.unsqueeze(-2))
+    return gap.tril_().exp2_().tril_()
+
+
+@operator("ssd_torch")
+def _forward(
+    x: Tensor, a: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, final: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [batch,H,n,C,P], the final state [batch,H,P,N] and the states around the chunks [batch,H,n+1,P,N].
+
+    x, times dt, is [batch,H,n,C,P], a the log decays in float64 [batch,H,n,C], B and C [batch,G,n,C,N]. What is not
+    needed is empty.
+    """
+    batch, H, n, _, P = x.shape
+    G, N = B.shape[1], B.shape[-1]
+    upto = a.cumsum(-1)
+    weights = _in_groups(_between(upto, x.dtype), G).mul_((C @ B.mT).unsqueeze(2)).flatten(1, 2)
+    y = weights @ x
+    state, borders = x.new_empty(0), x.new_empty(0)
+    if initial_state is not None or n > 1 or final:
+        total = upto[..., -1:]
+        left = x * (total - upto).to(x.dtype).exp().unsqueeze(-1)
+        gained = (_in_groups(left, G).mT @ B.unsqueeze(2)).flatten(1, 2)  # [batch,H,n,P,N]
+        kept = total.to(x.dtype).exp().unsqueeze(-1)  # [batch,H,n,1,1]
+        borders = x.new_empty(batch, H, n + 1, P, N)
+        borders[:, :, 0] = 0 if initial_state is None else initial_state
+        for i in range(n):
+            torch.addcmul(gained[:, :, i], kept[:, :, i], borders[:, :, i], out=borders[:, :, i + 1])
+        read = (C.unsqueeze(2) @ _in_groups(borders[:, :, :-1], G).mT).flatten(1, 2)
+        y.addcmul_(read, upto.to(x.dtype).exp().unsqueeze(-1))
+        state = borders[:, :, -1].clone() if final else state
+    return y, state, borders if save else x.new_empty(0)
+
+
+@_forward.register_fake
+def _(x, a, B, C, initial_state, final, save):
+    batch, H, n, _, P = x.shape
+    N = B.shape[-1]
+    kept = save and (initial_state is not None or n > 1 or final)
+    state = x.new_empty((batch, H, P, N) if final else (0,))
+    return x.new_empty(x.shape), state, x.new_empty((batch, H, n + 1, P, N) if kept else (0,))
+
+
+@operator("ssd_torch_backward")
+def _backward(
+    x: Tensor, a: Tensor, B: Tensor, C: Tensor, borders: Tensor, dy: Tensor, dfinal: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, a, B, C, and of the initial state [batch,H,P,N]."""
+    G, n = B.shape[1], B.shape[2]
+    with torch.autocast(x.device.type, enabled=False):
+        dy = dy.contiguous()
+        upto = a.cumsum(-1)
+        between = _between(upto, x.dtype)
+        products = (C @ B.mT).unsqueeze(2)
+        dweights = dy @ x.mT
+        dproducts = dweights.mul_(between)  # for every head
+        weights = (_in_groups(between, G).mul_(products)).flatten(1, 2)
+        dx = weights.mT @ dy
+        dgap = (_in_groups(dproducts, G) * products).flatten(1, 2)
+        # Of the sums of log decays. In float64, in which what is in both sums is taken off without a trace.
+        dupto = dgap.sum(-1, dtype=torch.float64) - dgap.sum(-2, dtype=torch.float64)
+        da = dupto.flip(-1).cumsum(-1).flip(-1)
+        dproducts = _in_groups(dproducts, G).sum(2)
+        dB, dC = dproducts.mT @ C, dproducts @ B
+        dinitial = x.new_empty(0)
+        if borders.numel():
+            total = upto[..., -1:]
+            before, after, kept = (t.to(x.dtype).exp().unsqueeze(-1) for t in (upto, total - upto, total))
+            entering = borders[:, :, :-1]
+            dread = _in_groups(dy * before, G)
+            read = C.unsqueeze(2) @ _in_groups(entering, G).mT
+            dbefore = (dread * read).sum(-1).flatten(1, 2)
+            dC += (dread @ _in_groups(entering, G)).sum(2)
+            dleft = (dread.mT @ C.unsqueeze(2)).flatten(1, 2)
+            # Of the states that chunks begin with; now of those that they end with.
+            dstate = torch.zeros_like(dleft[:, :, 0]) if dfinal is None else dfinal
+            for i in reversed(range(n)):
+                dborder = torch.addcmul(dleft[:, :, i], kept[:, :, i], dstate)
+                dleft[:, :, i] = dstate
+                dstate = dborder
+            dinitial = dstate
+            dgained = _in_groups(dleft, G)
+            dkey = (B.unsqueeze(2) @ dgained.mT).flatten(1, 2).mul_(after)
+            dafter = (dkey * x).sum(-1)
+            dx += dkey
+            dB += (_in_groups(x * after, G) @ dgained).sum(2)
+            dwhole = (dleft * entering).sum((-2, -1)).unsqueeze(-1) * kept.squeeze(-1)
+            # What decays a step's state is all from the start of the chunk to it, or all behind it.
+            da += dbefore.flip(-1).cumsum(-1).flip(-1) + F.pad(dafter.cumsum(-1)[..., :-1], (1, 0)) + dwhole
+    return dx, da.to(a.dtype), dB, dC, dinitial
+
+
+@_backward.register_fake
+def _(x, a, B, C, borders, dy, dfinal):
+    batch, H, _, _, P = x.shape
+    dinitial = x.new_empty((batch, H, P, B.shape[-1]) if borders.numel() else (0,))
+    return *(t.new_empty(t.shape) for t in (x, a, B, C)), dinitial
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, initial_state, final, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.initial, ctx.final = initial_state is not None, final
+
+
+def _autograd(ctx, dy, dfinal, _dborders):
+    inputs = ctx.saved_tensors
+    dy = torch.zeros_like(inputs[0]) if dy is None else dy
+    *grads, dinitial = _backward(*inputs, dy, dfinal if ctx.final else None)
+    return *grads, dinitial if ctx.initial else None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_seeds(_forward)
+register_seeds(_backward)

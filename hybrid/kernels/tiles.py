@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid.kernels.wkv6 import LOWEST as LOWEST_DECAY
+from hybrid.kernels.ssd import LOWEST as LOWEST_DECAY
 
 LOWEST = tl.constexpr(LOWEST_DECAY)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import subprocess
 import sys
 import threading
@@ -52,6 +53,43 @@ def test_imports_and_what_is_done_beside_them() -> None:
 def test_nothing_is_kept_for_a_process_with_other_work() -> None:
     program = "import gc; from hybrid.start import import_torch; import_torch('cpu'); assert not gc.get_freeze_count()"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+MEMORY = """
+import resource, torch
+from hybrid.start import keep_memory
+def step():
+    return [torch.ones(10_000_000) for _ in range(4)]
+def new_pages(steps):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+anew = new_pages(3)
+keep_memory()
+step()
+kept = new_pages(3)
+assert kept < anew / 10, (anew, kept)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another one")
+def test_memory_that_a_step_frees_serves_the_next() -> None:
+    subprocess.run([sys.executable, "-c", MEMORY], check=True)
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", 2), ("cuda:1", 0)])
+def test_memory_is_kept_wherever_a_cpu_trains(device: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where everything had been imported before."""
+    calls: list[str] = []
+    monkeypatch.setattr(start, "sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr(start, "importlib", SimpleNamespace(import_module=lambda _: SimpleNamespace()))
+    monkeypatch.setattr(start, "meanwhile", lambda *_: None)
+    monkeypatch.setattr(start, "keep_memory", lambda: calls.append("kept"))
+    start.import_training(device)
+    start.sys.modules[start.TRAINING] = None
+    start.import_training(device)
+    assert len(calls) == kept
 
 
 @pytest.mark.parametrize(("device", "spoken_to"), [("auto", True), ("cuda:1", True), ("cpu", False)])

@@ -13,11 +13,11 @@ import pytest
 HERE = Path(__file__).parent
 
 
-# Tests other than those of the recurrences hold whichever form serves, here the kernels.
+# All but the first hold whichever form serves, here the kernels.
 @pytest.mark.parametrize(
     "cases",
     ["triton_cases.py", "test_stacked_adamw.py"]
-    + [f"test_{name}.py" for name in ("conv", "ddlerp", "mamba2_between", "norms")],
+    + [f"test_{name}.py" for name in ("conv", "ddlerp", "mamba2_between", "norms", "recurrence_operators")],
 )
 def test_kernels_in_the_interpreter(cases: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,8 +27,9 @@ from hybrid.kernels import (  # noqa: E402
 )
 from hybrid.kernels.carry import carry  # noqa: E402
 from tests.hybrid import test_conv, test_ddlerp, test_mamba2_between, test_norms  # noqa: E402
-from tests.hybrid.recurrences import ssd_reference, with_gaps, wkv6_of_raw_decays, wkv6_reference  # noqa: E402
+from tests.hybrid.recurrences import ssd_reference, wkv6_of_raw_decays, wkv6_reference  # noqa: E402
 from tests.hybrid.test_kernels import compare, relative_error, ssd_inputs, wkv6_inputs  # noqa: E402
+from tests.hybrid.test_recurrence_operators import EXTREME, OPS, SMALL, serving  # noqa: E402
 
 # As in test_kernels: B, T, H, K, V, decay range, initial state
 WKV6 = {
@@ -53,23 +53,10 @@ SSD = {
     "extreme": (1, 70, 2, 16, 1, 16, (1e-4, 1.25), (0.01, 16), True, True),
     "all e^-20": (1, 40, 2, 16, 1, 16, (1.25, 1.25), (16, 16), True, True),
 }
-SMALL = {
-    "wkv6": (2, 19, 2, 16, 16, (-1.0, -0.1), True),
-    "ssd": (2, 19, 2, 16, 2, 16, (0.01, 0.1), (1, 16), True, True),
-}
-OPS = {
-    "wkv6": (kernels.wkv6, wkv6_reference, wkv6_inputs, WKV6, {"r", "k", "v"}),
-    "ssd": (kernels.ssd, ssd_reference, ssd_inputs, SSD, {"x", "B", "C"}),
-}
+CASES = {"wkv6": WKV6, "ssd": SSD}
 TOLERANCE = {"float32": 3e-6, "float16": 1e-3}  # float32: below 1e-6 was seen
-EXTREME = 2e-5  # float32 where sums of decays take digits from one another: 4e-6 was seen
-RUNS = [(op, case, "float32") for op in OPS for case in OPS[op][3]]
+RUNS = [(op, case, "float32") for op in OPS for case in CASES[op]]
 RUNS += [("wkv6", "head sizes 20 and 40", "float16"), ("ssd", "head sizes 20 and 24, groups", "float16")]
-
-
-def fused(op: str) -> Callable:
-    function = OPS[op][0]
-    return lambda **inputs: function(**inputs, backend="triton")
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +66,9 @@ def one_thread() -> None:
 
 @pytest.mark.parametrize("op, case, dtype", RUNS)
 def test_against_the_reference(op: str, case: str, dtype: str) -> None:
-    _, reference, make, cases, low = OPS[op]
-    inputs = make(cases[case], torch.Generator().manual_seed(0))
-    errors, _ = compare(fused(op), reference, inputs, "cpu", dtype, low)
+    _, reference, make, low = OPS[op]
+    inputs = make(CASES[op][case], torch.Generator().manual_seed(0))
+    errors, _ = compare(serving(op), reference, inputs, "cpu", dtype, low)
     print(f"{op} [{case}] {dtype}: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
     strong = case in ("extreme", "all e^-20") and dtype == "float32"
     too_large = {name: e for name, e in errors.items() if not e <= (EXTREME if strong else TOLERANCE[dtype])}
@@ -104,31 +91,12 @@ def test_raw_decays(case: str) -> None:
     assert not exact["w"].grad[:, 7:9].any() and not inputs["w"].grad[:, 7:9].any()
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_a_step_that_forgets_all(op: str) -> None:
-    """A decay beyond float32's range takes no digits from the decays beside it."""
-    _, reference, make, _, low = OPS[op]
-    case = (
-        (1, 40, 1, 16, 16, (-0.2, -0.1), True)
-        if op == "wkv6"
-        else (1, 40, 1, 16, 1, 16, (0.1, 0.2), (1, 1), True, True)
-    )
-    inputs = make(case, torch.Generator().manual_seed(9))
-    inputs["w" if op == "wkv6" else "dt"][:, 5] *= 1e13
-    errors, exact = compare(fused(op), reference, inputs, "cpu", "float32", low)
-    assert all(error <= EXTREME for error in errors.values()), errors
-    if op == "wkv6":
-        inputs = {name: x.float().requires_grad_() for name, x in inputs.items()}
-        sum(x.sum() for x in fused(op)(**inputs)).backward()
-        assert not exact["w"].grad[:, 5].any() and not inputs["w"].grad[:, 5].any()
-
-
 @pytest.mark.parametrize("T", [64, 304])
 def test_many_steps_that_forget_all_before_some_that_do_not(T: int) -> None:
     """Large decays take no digits from the small ones after them."""
     inputs = wkv6_inputs((1, T, 1, 16, 16, (-0.001, 0.0), True), torch.Generator().manual_seed(11))
     inputs["w"][:, torch.arange(T) % 64 < 40] = -104.0
-    errors, _ = compare(fused("wkv6"), wkv6_reference, inputs, "cpu", "float32", {"r", "k", "v"})
+    errors, _ = compare(serving("wkv6"), wkv6_reference, inputs, "cpu", "float32", {"r", "k", "v"})
     assert all(error <= TOLERANCE["float32"] for error in errors.values()), errors
 
 
@@ -143,7 +111,7 @@ def test_how_sequences_are_shared_out(way: str, monkeypatch: pytest.MonkeyPatch)
     else:
         other = dataclasses.replace(launch, chunks_per_program=4, between=True)
     monkeypatch.setattr(wkv6_triton, "choose", lambda *_, **__: other)
-    errors, _ = compare(fused("wkv6"), wkv6_reference, inputs, "cpu", "float32", {"r", "k", "v"})
+    errors, _ = compare(serving("wkv6"), wkv6_reference, inputs, "cpu", "float32", {"r", "k", "v"})
     assert all(error <= TOLERANCE["float32"] for error in errors.values()), errors
 
 
@@ -153,7 +121,7 @@ def test_one_program_walks_all_chunks(case: str, monkeypatch: pytest.MonkeyPatch
     inputs = ssd_inputs(SSD[case], torch.Generator().manual_seed(12))
     monkeypatch.setattr(ssd_triton, "_BUSY", 0)
     monkeypatch.setattr(ssd_triton, "carry", None)
-    errors, _ = compare(fused("ssd"), ssd_reference, inputs, "cpu", "float32", {"x", "B", "C"})
+    errors, _ = compare(serving("ssd"), ssd_reference, inputs, "cpu", "float32", {"x", "B", "C"})
     assert all(error <= TOLERANCE["float32"] for error in errors.values()), errors
 
 
@@ -180,132 +148,6 @@ def test_carry(by_row: bool, back: bool) -> None:
     states = added.roll(-1 if back else 1, dims=2)
     carry(states, left, None, torch.empty(0), back)
     assert not states[:, :, order[0]].any()
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_one_of_the_outputs_alone(op: str) -> None:
-    """Gradients where only the output, only the state, or no state at all is used."""
-    _, reference, make, cases, _ = OPS[op]
-    case = (1, 19, 1, *cases["one step"][3:])
-    inputs = make(case, torch.Generator().manual_seed(4))
-    for index, with_state in ((0, True), (1, True), (0, False)):
-        given = {
-            name: x.float().requires_grad_() for name, x in inputs.items() if with_state or name != "initial_state"
-        }
-        exact = {name: x.detach().double().requires_grad_() for name, x in given.items()}
-        out = OPS[op][0](**given, backend="triton", output_final_state=with_state)
-        assert with_state or out[1] is None
-        expected = reference(**exact)[index]
-        weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-        (out[index].double() * weights).sum().backward()
-        (expected * weights).sum().backward()
-        for name, x in given.items():
-            if exact[name].grad is None or not exact[name].grad.any():
-                assert x.grad is None or not x.grad.any(), name
-            else:
-                assert relative_error(x.grad, exact[name].grad) <= TOLERANCE["float32"], name
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_views_are_read_as_they_are(op: str) -> None:
-    """Inputs that are slices of one wider tensor, and heads that are not side by side."""
-    _, _, make, _, _ = OPS[op]
-    case = SMALL[op]
-    inputs = {name: x.float() for name, x in make(case, torch.Generator().manual_seed(6)).items()}
-    expected = fused(op)(**inputs)
-    views = dict(inputs)
-    for name, x in inputs.items():
-        if x.dim() == 4 and name != "initial_state":
-            wide = torch.full((*x.shape[:2], x.shape[2] + 3, x.shape[3]), torch.nan)
-            wide[:, :, 1:-2] = x
-            views[name] = wide[:, :, 1:-2]
-    apart = {name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() >= 3 else x for name, x in inputs.items()}
-    for given in (views, apart):
-        assert any(not x.is_contiguous() for x in given.values())
-        for actual, wanted in zip(fused(op)(**given), expected, strict=True):
-            assert torch.equal(actual, wanted)
-
-
-def stacked(op: str, models: int, steps: int = 5) -> tuple[dict[str, torch.Tensor], dict[str, int | None]]:
-    """Inputs of several models, one of them shared by all, one with the models not in front."""
-    B, _, *rest = SMALL[op]
-    case = (1 if steps > 50 else B, steps, *rest)
-    sets = [OPS[op][2](case, torch.Generator().manual_seed(seed)) for seed in range(models)]
-    shared, moved = ("k", "v") if op == "wkv6" else ("B", "x")
-    inputs, dims = {}, {}
-    for name in sets[0]:
-        dims[name] = None if name == shared else 1 if name == moved else 0
-        x = sets[0][name] if name == shared else torch.stack([s[name] for s in sets], dim=dims[name])
-        inputs[name] = with_gaps(x.float()) if name in ("u", "A", "D") else x.float()
-    return inputs, dims
-
-
-@pytest.mark.parametrize("op, steps", [("wkv6", 5), ("wkv6", 260), ("ssd", 5), ("ssd", 100)])  # and with states between
-def test_vmap_is_a_loop(op: str, steps: int) -> None:
-    inputs, dims = stacked(op, 2, steps)
-    names = list(inputs)
-
-    def loss(*values: torch.Tensor) -> torch.Tensor:
-        out, state = fused(op)(**dict(zip(names, values, strict=True)))
-        return (out.square().sum() + state.sin().sum()) / 100
-
-    def pick(m: int) -> list[torch.Tensor]:
-        return [x if dims[name] is None else x.select(dims[name], m) for name, x in inputs.items()]
-
-    leaves = [x.requires_grad_() for x in inputs.values()]
-    losses = torch.vmap(loss, in_dims=tuple(dims.values()))(*leaves)
-    # Two sums of the models' losses at once: the backward operator is mapped as well.
-    weights = torch.tensor([[1.0, 1.0], [0.5, -1.0]])
-    together = torch.autograd.grad(losses, leaves, weights, is_grads_batched=True)
-    again = [x.detach().clone().requires_grad_() for x in inputs.values()]
-    named = list(zip(names, again, strict=True))
-    picked = [[x if dims[name] is None else x.select(dims[name], m) for name, x in named] for m in (0, 1)]
-    alone = torch.stack([loss(*values) for values in picked])
-    torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-6)
-    for row, weight in enumerate(weights):
-        expected = torch.autograd.grad(alone, again, weight, retain_graph=True)
-        for name, actual, wanted in zip(names, together, expected, strict=True):
-            assert wanted.any()
-            torch.testing.assert_close(actual[row], wanted, rtol=1e-5, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_models_with_one_sequence_share_a_state(op: str) -> None:
-    """What is shared has no numbers of its own for each model, here not even by sequence."""
-    made = OPS[op][2]((1, 20, *SMALL[op][2:]), torch.Generator().manual_seed(12))
-    inputs = {name: x.float().requires_grad_() for name, x in made.items()}
-    names, own = list(inputs), "v" if op == "wkv6" else "x"
-    several = torch.stack((inputs[own], inputs[own] * 0.9)).detach()
-
-    def out(*values: torch.Tensor) -> torch.Tensor:
-        return fused(op)(**dict(zip(names, values, strict=True)))[0]
-
-    def with_own(x: torch.Tensor) -> list[torch.Tensor]:
-        return [x if name == own else value for name, value in inputs.items()]
-
-    together = torch.vmap(lambda x: out(*with_own(x)))(several)
-    for row, x in zip(together, several, strict=True):
-        torch.testing.assert_close(row, out(*with_own(x)), rtol=1e-5, atol=1e-6)
-    y = out(*inputs.values())
-    cotangents = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(13))
-    found = torch.autograd.grad(y, list(inputs.values()), cotangents, is_grads_batched=True, retain_graph=True)
-    for row, cotangent in enumerate(cotangents):
-        expected = torch.autograd.grad(y, list(inputs.values()), cotangent, retain_graph=True)
-        for actual, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(actual[row], wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_vmap_of_vmap(op: str) -> None:
-    inputs, dims = stacked(op, 2)
-    names, order = list(inputs), tuple(dims.values())
-    function = lambda *values: fused(op)(**dict(zip(names, values, strict=True)))  # noqa: E731
-    pairs = [torch.stack((x, x * 0.9)) for x in inputs.values()]
-    both = torch.vmap(torch.vmap(function, in_dims=order))(*pairs)
-    for index in range(2):
-        once = torch.vmap(function, in_dims=order)(*(x[index] for x in pairs))
-        for actual, wanted in zip(both, once, strict=True):
-            torch.testing.assert_close(actual[index], wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("op", OPS)
