@@ -91,6 +91,13 @@ def _product(scores: Tensor, x: Tensor) -> Tensor:
     return out if scores.shape[-1] == 1 else out.addcmul_(scores[..., 1:], x[:, 1:])
 
 
+def _total(x: Tensor) -> Tensor:
+    """The sum of the steps of [pairs,size,D], as [pairs,1,D]."""
+    if x.shape[1] > 2:
+        return x.sum(1, keepdim=True)
+    return x if x.shape[1] == 1 else x[:, :1] + x[:, 1:]
+
+
 class _Decays:
     """What blocks of ``size`` steps keep, as base-2 logarithms; ``join`` makes one block of every two neighbours.
 
@@ -170,7 +177,7 @@ def _backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, borders: Tensor, do: Tensor, dfinal: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, k, v, w, of u for every sequence [B,H,K], and of the initial state [B,H,K,V]."""
-    B, _, N, C, K = r.shape
+    B, _, N, C, _ = r.shape
     u = _of_sequences(u, B)
     with torch.autocast(r.device.type, enabled=False):
         r, k, v, w, do = (x.contiguous() for x in (r, k, v, w, do))
@@ -208,8 +215,10 @@ def _backward(
             (left_dk, _), (left_dv, _), (_, right_dr) = (_blocks(x, size) for x in (dk, dv, dr))
             (left_dafter, _), (_, right_dbefore) = _blocks(dafter, size), _blocks(dbefore, size)
             # A block is a part of what lies before its right neighbour, after its left neighbour, and of both together.
-            around = torch.stack((right_dbefore.sum(1), left_dafter.sum(1)), dim=1).view(*w.shape[:3], -1, 2, K)
-            dwhole = (dwhole.unsqueeze(-2) + around).flatten(-3, -2)
+            dwhole = dwhole.repeat_interleave(2, dim=-2)
+            first, second = _blocks(dwhole, 1)
+            first += _total(right_dbefore)
+            second += _total(left_dafter)
 
             key, receptance = left_k * after, right_r * before
             scores, dscores = receptance @ key.mT, right_do @ left_v.mT
@@ -219,7 +228,7 @@ def _backward(
             right_dr.addcmul_(dreceptance, before)
             left_dafter.addcmul_(dkey, key)
             right_dbefore.addcmul_(dreceptance, receptance)
-    return dr, dk, dv, dwhole.contiguous(), du, dinitial
+    return dr, dk, dv, dwhole, du, dinitial
 
 
 @_backward.register_fake
