@@ -5,7 +5,8 @@ threads meanwhile: CUDA's driver is spoken to for the first time, the device get
 hash their own code (libtriton alone has hundreds of megabytes), by which they name what they keep on disk. And nobody
 looks for garbage among modules. What fails in a thread is left to fail where it is needed.
 
-On a CPU it is not the first step that waits but every one, for the operating system's memory: see ``keep_memory``.
+On a CPU it is not the first step that waits but every one, for the operating system's memory: see
+``hybrid.memory.keep_memory``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from hybrid.memory import keep_memory
+
 TRAINING = "hybrid.training.loop"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _kept = False
 
 
@@ -81,20 +83,6 @@ def import_training(device: str) -> None:
             with contextlib.suppress(ImportError):
                 names_of_graphs = importlib.import_module("torch._inductor.codecache")
                 meanwhile(lambda: names_of_graphs.torch_key())
-
-
-def keep_memory() -> None:
-    """Let what a step frees stay with the process, for the next one. Does nothing where the C library is not glibc.
-
-    Else tensors of some megabytes are new memory in every step, which the operating system hands out page by page,
-    zeroed: a tenth of a step of 1,000 tokens with 5M parameters, and more of one that is smaller.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        # Older versions refuse more than 32 MiB.
-        if not mallopt(M_MMAP_THRESHOLD, 1 << 30):
-            mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def reach_driver() -> None:

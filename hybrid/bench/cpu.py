@@ -28,7 +28,7 @@ from hybrid.schema import KernelsConfig, MambaConfig
 
 MAMBA, WKV6, LOOP = "Mamba-2 branch", "wkv6", "training loop"
 OURS, FLA = "ours", "FLA"
-KINDER = "FLA given chunks of 64"  # not as it comes
+KINDER = "Mamba-2 branch, FLA given chunks of 64"  # not as it comes
 COLUMNS: list[Column] = [
     ("what", lambda r: r["group"]),
     ("code", lambda r: r["name"]),
@@ -56,7 +56,8 @@ def run(session: Session) -> None:
     quick = options.quick
     repeats = options.repeats or (3 if quick else 7)
     session.document.note(
-        "ours and FLA's take turns, forward and backward, float32; difference: relative, of outputs; share: of the loop"
+        "ours and FLA's take turns, forward and backward, float32, PyTorch's own allocator settings; "
+        "difference: relative, of outputs; share: of the loop"
     )
     torch.set_num_threads(options.threads)
     parts: list[tuple[str, Callable[[], Any]]] = [
@@ -73,9 +74,12 @@ def run(session: Session) -> None:
             session.add({"group": group, "name": OURS, "status": "failed", "reason": one_line(error)})
     for group, bound in ((MAMBA, 50), (WKV6, 8)):
         if group in options.parts:
-            own = [r for r in session.document.rows if r["group"].startswith(group) and KINDER not in r["group"]]
-            factors = [r["factor"] for r in own if "factor" in r]
-            session.document.target(f"{group}: times FLA as it comes, the least", min(factors, default=None), bound)
+            factors = {r["group"]: r["factor"] for r in session.document.rows if group in r["group"] and "factor" in r}
+            kinder = factors.pop(KINDER, None)
+            least = min(factors.values(), default=None)
+            session.document.target(f"{group}: times FLA as it comes, the least", least, bound)
+            if kinder is not None:
+                session.document.note(f"{KINDER}: {kinder:.1f} times, which is not held against a target")
     if LOOP in options.parts:
         step = find(session.document.rows, LOOP, "forward, backward, optimiser")
         words = "share of the training loop inside forward, backward, optimiser"
@@ -106,7 +110,7 @@ def mamba(session: Session, batch: int, length: int, repeats: int) -> None:
     # FLA pads every sequence to whole chunks, of 256 steps as it comes.
     duel(session, group, forward_ours, forward_theirs, [x], repeats)
     theirs.chunk_size = 64
-    duel(session, f"{group}, {KINDER}", forward_ours, forward_theirs, [x], repeats)
+    duel(session, KINDER, forward_ours, forward_theirs, [x], repeats)
 
 
 def wkv6(session: Session, batch: int, length: int, repeats: int) -> None:
@@ -172,6 +176,7 @@ def loop(session: Session) -> None:
     """
     from hybrid.progress import RunProgress
     from hybrid.run import check_data, plan
+    from hybrid.start import import_training
     from hybrid.training.loop import Trainer
     from hybrid.training.member import Member
 
@@ -192,6 +197,7 @@ def loop(session: Session) -> None:
         own = [*smoke(options.quick), *session.data, "trainer.device=cpu", f"out={folder}", "display.progress=off"]
         cfg = configuration([*own, *options.overrides])
         run = plan(cfg, check_data(cfg), "bench")
+        import_training("cpu")
         run.folder.create(run.cfg, run.corpus)
         progress = RunProgress("bench", cfg.trainer.max_steps, cfg.display, run.folder.note)
         member = Member(run.cfg, run.corpus, run.folder, progress)

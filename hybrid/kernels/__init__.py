@@ -11,7 +11,7 @@
   other for the rest.
 
 ``auto`` is ``torch`` on CPU, and on CUDA the best of what is installed; ``resolve_backend`` says which, and every run
-records it. All of them can be mapped over stacked models with ``torch.vmap``.
+records it. All of them can be mapped over stacked models with ``torch.vmap``; none has second derivatives.
 
 ``causal_conv``, Mamba-2's short convolution, and ``gate_then_norm``, its gated norm, go with ``ssd``;
 ``ddlerp_linear``, RWKV-6's token shift and projections, and ``norm_then_gate`` with ``wkv6``: Triton kernels where

@@ -7,7 +7,8 @@ Per head, with state h [P,N], input x_t [P], step dt_t > 0, A < 0, and B_t, C_t 
     y_t = h_t C_t + D x_t
 
 The decay is one number per head and step, so the weight of step j for step i is (C_i . B_j) exp(sum of dt A between
-them) dt_j: exponents are differences of a cumulative sum in float64, masked before exp.
+them) dt_j: exponents are differences of a cumulative sum in float64. The weights of later steps are overwritten by
+zeros, because the exp of their exponents may be infinite.
 
 Forward and backward are one operator each, so that what autograd would keep and add up of the many [C,C] matrices is
 changed in place.
@@ -26,7 +27,7 @@ from hybrid.kernels.seeds import register_seeds
 
 CHUNK = 64  # steps a chunk
 # exp of less than this is zero in float32. Log decays are raised to it, so that their sums stay small enough to keep
-# the digits of the others.
+# the digits of the others: here, in float64 too, and in the Triton kernels of both recurrences.
 LOWEST = -104.0
 
 
@@ -49,7 +50,7 @@ def ssd_torch(
     log_decay = (dt.double() * A.double()).clamp_min(LOWEST)  # [batch,T,H]
     # Padded steps have dt = 0 and leave the state as it is.
     chunked = (_to_chunks(t, chunk) for t in (x * dt.unsqueeze(-1), log_decay, B, C))
-    y, state, _ = _forward(*chunked, initial_state, output_final_state, torch.is_grad_enabled())
+    y, state, _ = _forward(*chunked, initial_state, output_final_state)
     y = y.flatten(2, 3)[:, :, :T].transpose(1, 2)
     if D is not None:
         y = y + D.to(compute).unsqueeze(-1) * x
@@ -77,12 +78,12 @@ def _between(upto: Tensor, dtype: torch.dtype) -> Tensor:
     rest = (upto - first).to(dtype)
     gap = first.unsqueeze(-1) - first.unsqueeze(-2)
     gap.add_(rest.unsqueeze(-1)).sub_(rest.unsqueeze(-2))
-    return gap.tril_().exp2_().tril_()
+    return gap.exp2_().tril_()
 
 
 @operator("ssd_torch")
 def _forward(
-    x: Tensor, a: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, final: bool, save: bool
+    x: Tensor, a: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, final: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [batch,H,n,C,P], the final state [batch,H,P,N] and the states around the chunks [batch,H,n+1,P,N].
 
@@ -107,16 +108,16 @@ def _forward(
         read = (C.unsqueeze(2) @ _in_groups(borders[:, :, :-1], G).mT).flatten(1, 2)
         y.addcmul_(read, upto.to(x.dtype).exp().unsqueeze(-1))
         state = borders[:, :, -1].clone() if final else state
-    return y, state, borders if save else x.new_empty(0)
+    return y, state, borders
 
 
 @_forward.register_fake
-def _(x, a, B, C, initial_state, final, save):
+def _(x, a, B, C, initial_state, final):
     batch, H, n, _, P = x.shape
     N = B.shape[-1]
-    kept = save and (initial_state is not None or n > 1 or final)
     state = x.new_empty((batch, H, P, N) if final else (0,))
-    return x.new_empty(x.shape), state, x.new_empty((batch, H, n + 1, P, N) if kept else (0,))
+    needed = initial_state is not None or n > 1 or final
+    return x.new_empty(x.shape), state, x.new_empty((batch, H, n + 1, P, N) if needed else (0,))
 
 
 @operator("ssd_torch_backward")
@@ -134,14 +135,15 @@ def _backward(
         dproducts = dweights.mul_(between)  # for every head
         weights = (_in_groups(between, G).mul_(products)).flatten(1, 2)
         dx = weights.mT @ dy
-        dgap = (_in_groups(dproducts, G) * products).flatten(1, 2)
-        # Of the sums of log decays. In float64, in which what is in both sums is taken off without a trace.
+        # Without the diagonal, which no decay changes: beside strong decays it is far more than all else.
+        dgap = (_in_groups(dproducts, G) * products).flatten(1, 2).tril_(-1)
+        # Of the sums of log decays; in float64, in which what the two sums share is taken off to the last digits.
         dupto = dgap.sum(-1, dtype=torch.float64) - dgap.sum(-2, dtype=torch.float64)
         da = dupto.flip(-1).cumsum(-1).flip(-1)
         dproducts = _in_groups(dproducts, G).sum(2)
         dB, dC = dproducts.mT @ C, dproducts @ B
         dinitial = x.new_empty(0)
-        if borders.numel():
+        if borders.dim() > 1:
             total = upto[..., -1:]
             before, after, kept = (t.to(x.dtype).exp().unsqueeze(-1) for t in (upto, total - upto, total))
             entering = borders[:, :, :-1]
@@ -171,12 +173,13 @@ def _backward(
 @_backward.register_fake
 def _(x, a, B, C, borders, dy, dfinal):
     batch, H, _, _, P = x.shape
-    dinitial = x.new_empty((batch, H, P, B.shape[-1]) if borders.numel() else (0,))
+    dinitial = x.new_empty((batch, H, P, B.shape[-1]) if borders.dim() > 1 else (0,))
     return *(t.new_empty(t.shape) for t in (x, a, B, C)), dinitial
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, final, _ = inputs
+    *tensors, initial_state, final = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[2])
     ctx.initial, ctx.final = initial_state is not None, final
 
@@ -185,7 +188,7 @@ def _autograd(ctx, dy, dfinal, _dborders):
     inputs = ctx.saved_tensors
     dy = torch.zeros_like(inputs[0]) if dy is None else dy
     *grads, dinitial = _backward(*inputs, dy, dfinal if ctx.final else None)
-    return *grads, dinitial if ctx.initial else None, None, None
+    return *grads, dinitial if ctx.initial else None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

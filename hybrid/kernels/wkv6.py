@@ -54,7 +54,7 @@ def wkv6_torch(
     # The padded steps have k = 0 and w = 0: they leave the state as it is.
     r, k, v, w = (_to_chunks(x, chunk) for x in (r, k, v, w))
     # One set of bonuses for the whole batch; stacked models (vmap) have several.
-    o, state, _ = _forward(r, k, v, w, u[None], initial_state, output_final_state, torch.is_grad_enabled())
+    o, state, _ = _forward(r, k, v, w, u[None], initial_state, output_final_state)
     return o.flatten(2, 3)[:, :, :T].transpose(1, 2), state if output_final_state else None
 
 
@@ -72,7 +72,7 @@ def _single_step(
     r, k, v, w = (x.squeeze(1) for x in (r, k, v, w))
     new = k.unsqueeze(-1) * v.unsqueeze(-2)
     past = new.new_zeros(new.shape) if initial_state is None else initial_state
-    o = (r.unsqueeze(-2) @ (past + u.unsqueeze(-1) * new)).squeeze(-2)
+    o = (r.unsqueeze(-1) * (past + u.unsqueeze(-1) * new)).sum(-2)
     return o.unsqueeze(1), w.exp().unsqueeze(-1) * past + new
 
 
@@ -134,7 +134,7 @@ def _of_sequences(u: Tensor, B: int) -> Tensor:
 
 @operator("wkv6_torch")
 def _forward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, final: bool, save: bool
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, final: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o [B,H,N,C,V], the final state [B,H,K,V] and the states around the chunks [B,H,N+1,K,V].
 
@@ -160,16 +160,16 @@ def _forward(
             torch.addcmul(gained[:, :, n], kept[:, :, n], borders[:, :, n], out=borders[:, :, n + 1])
         o += (r * decays.before.exp2()) @ borders[:, :, :-1]
         state = borders[:, :, -1].clone() if final else state
-    return o, state, borders if save else v.new_empty(0)
+    return o, state, borders
 
 
 @_forward.register_fake
-def _(r, k, v, w, u, initial_state, final, save):
+def _(r, k, v, w, u, initial_state, final):
     B, H, N, _, K = r.shape
     V = v.shape[-1]
-    kept = save and (initial_state is not None or N > 1 or final)
     state = v.new_empty((B, H, K, V) if final else (0,))
-    return v.new_empty(v.shape), state, v.new_empty((B, H, N + 1, K, V) if kept else (0,))
+    needed = initial_state is not None or N > 1 or final
+    return v.new_empty(v.shape), state, v.new_empty((B, H, N + 1, K, V) if needed else (0,))
 
 
 @operator("wkv6_torch_backward")
@@ -187,10 +187,11 @@ def _backward(
 
         decays = _Decays(w)
         levels = list(decays.joins(C))
-        # Of the logarithms of decays, at first those of the whole chunk.
-        dafter, dbefore, dwhole = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(decays.whole)
+        # The gradients of the decays' logarithms: dwhole at first of the chunk's, below of ever smaller blocks'.
         dinitial = v.new_empty(0)
-        if borders.numel():
+        if borders.dim() == 1:
+            dafter, dbefore, dwhole = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(decays.whole)
+        else:
             after, before, kept = decays.after.exp2(), decays.before.exp2(), decays.whole.exp2().mT
             read, entering = r * before, borders[:, :, :-1]
             dread = do @ entering.mT
@@ -234,12 +235,13 @@ def _backward(
 @_backward.register_fake
 def _(r, k, v, w, u, borders, do, dfinal):
     B, H, _, _, K = r.shape
-    dinitial = v.new_empty((B, H, K, v.shape[-1]) if borders.numel() else (0,))
+    dinitial = v.new_empty((B, H, K, v.shape[-1]) if borders.dim() > 1 else (0,))
     return *(x.new_empty(x.shape) for x in (r, k, v, w)), u.new_empty(B, H, K), dinitial
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, final, _ = inputs
+    *tensors, initial_state, final = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[2])
     ctx.initial, ctx.final = initial_state is not None, final
 
@@ -248,7 +250,7 @@ def _autograd(ctx, do, dfinal, _dborders):
     inputs = ctx.saved_tensors
     do = torch.zeros_like(inputs[2]) if do is None else do
     dr, dk, dv, dw, du, dinitial = _backward(*inputs, do, dfinal if ctx.final else None)
-    return dr, dk, dv, dw, by_model(du, inputs[4].shape[0], own=2), dinitial if ctx.initial else None, None, None
+    return dr, dk, dv, dw, by_model(du, inputs[4].shape[0], own=2), dinitial if ctx.initial else None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

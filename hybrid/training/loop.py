@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hybrid.device import clock_of, gpu_id, serving_kernels
-from hybrid.memory import process_peak, reset_process_peak
+from hybrid.memory import give_back_memory, process_peak, reset_process_peak
 from hybrid.monitor import GpuMonitor
 from hybrid.records import environment
 from hybrid.training import checkpoint
@@ -103,6 +103,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             reset_process_peak()
+            self.open.callback(give_back_memory)
         ended_at = [start] * len(self.members)
         with Stop() as stop:
             if not resumed:

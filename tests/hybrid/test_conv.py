@@ -72,8 +72,20 @@ def test_gradients_that_are_not_dense(form: str, device: str, dtype: str, tolera
 def test_a_past_stands_before_the_first_step() -> None:
     x, weight, bias, share = inputs((2, 20, 12, 4), "float32", "cpu")
     whole = expected(x, weight, bias, share)[0]
-    second = causal_conv(x[:, 7:], weight, bias, past=x[:, 4:7], backend=backend_for("cpu"))
+    leaves = [t.detach().requires_grad_() for t in (x[:, 7:], weight, bias, x[:, 4:7])]
+    second = causal_conv(*leaves, backend=backend_for("cpu"))
     assert relative_error(second, whole[:, 7:]) < 1e-6
+    share = torch.cat((torch.zeros_like(share[:, :7]), share[:, 7:]), dim=1)
+    _, dx, dweight, dbias = expected(x, weight, bias, share)
+    found = torch.autograd.grad((second * share[:, 7:]).sum(), leaves)
+    for one, wanted in zip(found, (dx[:, 7:], dweight, dbias, dx[:, 4:7]), strict=True):
+        assert relative_error(one, wanted) < 1e-6
+
+
+def test_low_precision_is_summed_in_that_of_the_filters() -> None:
+    x, weight, bias, share = inputs((2, 20, 12, 4), "bfloat16", "cpu")
+    y = causal_conv(x, weight, bias, backend="torch")
+    assert y.dtype == torch.bfloat16 and relative_error(y, expected(x, weight, bias, share)[0]) < 3e-3
 
 
 @pytest.mark.parametrize("device, dtype, tolerance", DEVICES)

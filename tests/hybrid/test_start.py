@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import platform
 import subprocess
 import sys
 import threading
@@ -53,29 +52,6 @@ def test_imports_and_what_is_done_beside_them() -> None:
 def test_nothing_is_kept_for_a_process_with_other_work() -> None:
     program = "import gc; from hybrid.start import import_torch; import_torch('cpu'); assert not gc.get_freeze_count()"
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-MEMORY = """
-import resource, torch
-from hybrid.start import keep_memory
-def step():
-    return [torch.ones(10_000_000) for _ in range(4)]
-def new_pages(steps):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(steps):
-        step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-anew = new_pages(3)
-keep_memory()
-new_pages(5)  # until what lies between them has been filled
-kept = new_pages(3)
-assert kept < anew / 10, (anew, kept)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another one")
-def test_memory_that_a_step_frees_serves_the_next() -> None:
-    subprocess.run([sys.executable, "-c", MEMORY], check=True)
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cpu", 2), ("cuda:1", 0)])
