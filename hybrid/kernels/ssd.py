@@ -186,8 +186,9 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dy, dfinal, _dborders):
     inputs = ctx.saved_tensors
+    dfinal = dfinal if ctx.final else None  # a compiled graph gives one of an empty state too
     dy = torch.zeros_like(inputs[0]) if dy is None else dy
-    *grads, dinitial = _backward(*inputs, dy, dfinal if ctx.final else None)
+    *grads, dinitial = _backward(*inputs, dy, dfinal)
     return *grads, dinitial if ctx.initial else None, None
 
 

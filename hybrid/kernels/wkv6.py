@@ -248,8 +248,9 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, do, dfinal, _dborders):
     inputs = ctx.saved_tensors
+    dfinal = dfinal if ctx.final else None  # a compiled graph gives one of an empty state too
     do = torch.zeros_like(inputs[2]) if do is None else do
-    dr, dk, dv, dw, du, dinitial = _backward(*inputs, do, dfinal if ctx.final else None)
+    dr, dk, dv, dw, du, dinitial = _backward(*inputs, do, dfinal)
     return dr, dk, dv, dw, by_model(du, inputs[4].shape[0], own=2), dinitial if ctx.initial else None, None
 
 
