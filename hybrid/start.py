@@ -66,7 +66,10 @@ def import_torch(device: str = "auto") -> None:
 
 
 def import_training(device: str) -> None:
-    """Import what trains on ``device``. On a GPU its context is made meanwhile, and what names compiled code."""
+    """Import what trains on ``device``. On a GPU its context is made meanwhile, and what names compiled code.
+
+    On a CPU the process keeps from now on what it frees, until a training ends.
+    """
     if device == "cpu":
         keep_memory()
     if TRAINING in sys.modules:
