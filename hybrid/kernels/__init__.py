@@ -2,7 +2,8 @@
 
 ``wkv6`` is RWKV-6 (Finch), ``ssd`` is Mamba-2. Backends:
 
-- ``torch``: chunked matrix products in plain PyTorch, any device, the default on CPU (``wkv6.py``, ``ssd.py``);
+- ``torch``: chunked matrix products in plain PyTorch, any device, the default on CPU (``wkv6.py``, ``ssd.py``, and
+  ``chunks.py`` for both);
 - ``triton``: one to four kernels forward and backward each, CUDA (``wkv6_triton.py``, ``ssd_triton.py``, the
   ``_programs`` of both, and ``carry.py``);
 - ``fla`` for ``wkv6``: the Triton kernels of flash-linear-attention, CUDA only (``wkv6_fla.py``);

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid.kernels.chunks import carry_back, carry_forth, register_gradients, to_chunks
 from hybrid.kernels.operators import operator
 from hybrid.kernels.seeds import register_seeds
 
@@ -49,20 +50,12 @@ def ssd_torch(
     chunk = min(CHUNK, T)
     log_decay = (dt.double() * A.double()).clamp_min(LOWEST)  # [batch,T,H]
     # Padded steps have dt = 0 and leave the state as it is.
-    chunked = (_to_chunks(t, chunk) for t in (x * dt.unsqueeze(-1), log_decay, B, C))
+    chunked = (to_chunks(t, chunk) for t in (x * dt.unsqueeze(-1), log_decay, B, C))
     y, state, _ = _forward(*chunked, initial_state, output_final_state)
     y = y.flatten(2, 3)[:, :, :T].transpose(1, 2)
     if D is not None:
         y = y + D.to(compute).unsqueeze(-1) * x
     return y, state if output_final_state else None
-
-
-def _to_chunks(x: Tensor, chunk: int) -> Tensor:
-    """[batch,T,heads,...] -> [batch,heads,n,C,...], padded with zeros at the end."""
-    x = x.transpose(1, 2)
-    if pad := -x.shape[2] % chunk:
-        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, pad))
-    return x.unflatten(2, (-1, chunk)).contiguous()
 
 
 def _in_groups(x: Tensor, G: int) -> Tensor:
@@ -90,8 +83,7 @@ def _forward(
     x, times dt, is [batch,H,n,C,P], a the log decays in float64 [batch,H,n,C], B and C [batch,G,n,C,N]. What is not
     needed is empty.
     """
-    batch, H, n, _, P = x.shape
-    G, N = B.shape[1], B.shape[-1]
+    G, n = B.shape[1], B.shape[2]
     upto = a.cumsum(-1)
     weights = _in_groups(_between(upto, x.dtype), G).mul_((C @ B.mT).unsqueeze(2)).flatten(1, 2)
     y = weights @ x
@@ -101,10 +93,7 @@ def _forward(
         left = x * (total - upto).to(x.dtype).exp().unsqueeze(-1)
         gained = (_in_groups(left, G).mT @ B.unsqueeze(2)).flatten(1, 2)  # [batch,H,n,P,N]
         kept = total.to(x.dtype).exp().unsqueeze(-1)  # [batch,H,n,1,1]
-        borders = x.new_empty(batch, H, n + 1, P, N)
-        borders[:, :, 0] = 0 if initial_state is None else initial_state
-        for i in range(n):
-            torch.addcmul(gained[:, :, i], kept[:, :, i], borders[:, :, i], out=borders[:, :, i + 1])
+        borders = carry_forth(gained, kept, initial_state)
         read = (C.unsqueeze(2) @ _in_groups(borders[:, :, :-1], G).mT).flatten(1, 2)
         y.addcmul_(read, upto.to(x.dtype).exp().unsqueeze(-1))
         state = borders[:, :, -1].clone() if final else state
@@ -125,7 +114,7 @@ def _backward(
     x: Tensor, a: Tensor, B: Tensor, C: Tensor, borders: Tensor, dy: Tensor, dfinal: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, a, B, C, and of the initial state [batch,H,P,N]."""
-    G, n = B.shape[1], B.shape[2]
+    G = B.shape[1]
     with torch.autocast(x.device.type, enabled=False):
         dy = dy.contiguous()
         upto = a.cumsum(-1)
@@ -139,7 +128,7 @@ def _backward(
         dgap = (_in_groups(dproducts, G) * products).flatten(1, 2).tril_(-1)
         # Of the sums of log decays; in float64, in which what the two sums share is taken off to the last digits.
         dupto = dgap.sum(-1, dtype=torch.float64) - dgap.sum(-2, dtype=torch.float64)
-        da = dupto.flip(-1).cumsum(-1).flip(-1)
+        da = torch.zeros_like(dupto)
         dproducts = _in_groups(dproducts, G).sum(2)
         dB, dC = dproducts.mT @ C, dproducts @ B
         dinitial = x.new_empty(0)
@@ -149,24 +138,19 @@ def _backward(
             entering = borders[:, :, :-1]
             dread = _in_groups(dy * before, G)
             read = C.unsqueeze(2) @ _in_groups(entering, G).mT
-            dbefore = (dread * read).sum(-1).flatten(1, 2)
+            dupto += (dread * read).sum(-1).flatten(1, 2)
             dC += (dread @ _in_groups(entering, G)).sum(2)
-            dleft = (dread.mT @ C.unsqueeze(2)).flatten(1, 2)
-            # Of the states that chunks begin with; now of those that they end with.
-            dstate = torch.zeros_like(dleft[:, :, 0]) if dfinal is None else dfinal
-            for i in reversed(range(n)):
-                dborder = torch.addcmul(dleft[:, :, i], kept[:, :, i], dstate)
-                dleft[:, :, i] = dstate
-                dstate = dborder
-            dinitial = dstate
+            dleft = (dread.mT @ C.unsqueeze(2)).flatten(1, 2)  # of the states that chunks begin with; below, end with
+            dinitial = carry_back(dleft, kept, dfinal)
             dgained = _in_groups(dleft, G)
             dkey = (B.unsqueeze(2) @ dgained.mT).flatten(1, 2).mul_(after)
             dafter = (dkey * x).sum(-1)
             dx += dkey
             dB += (_in_groups(x * after, G) @ dgained).sum(2)
             dwhole = (dleft * entering).sum((-2, -1)).unsqueeze(-1) * kept.squeeze(-1)
-            # What decays a step's state is all from the start of the chunk to it, or all behind it.
-            da += dbefore.flip(-1).cumsum(-1).flip(-1) + F.pad(dafter.cumsum(-1)[..., :-1], (1, 0)) + dwhole
+            # A step's part in the final state decays by all that is behind it.
+            da += F.pad(dafter.cumsum(-1)[..., :-1], (1, 0)) + dwhole
+        da += dupto.flip(-1).cumsum(-1).flip(-1)
     return dx, da.to(a.dtype), dB, dC, dinitial
 
 
@@ -177,21 +161,6 @@ def _(x, a, B, C, borders, dy, dfinal):
     return *(t.new_empty(t.shape) for t in (x, a, B, C)), dinitial
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, final = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.initial, ctx.final = initial_state is not None, final
-
-
-def _autograd(ctx, dy, dfinal, _dborders):
-    inputs = ctx.saved_tensors
-    dfinal = dfinal if ctx.final else None  # a compiled graph gives one of an empty state too
-    dy = torch.zeros_like(inputs[0]) if dy is None else dy
-    *grads, dinitial = _backward(*inputs, dy, dfinal)
-    return *grads, dinitial if ctx.initial else None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(_forward, _backward)
 register_seeds(_forward)
 register_seeds(_backward)

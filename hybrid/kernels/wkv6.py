@@ -23,11 +23,11 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid.kernels.chunks import carry_back, carry_forth, register_gradients, to_chunks
 from hybrid.kernels.operators import operator
-from hybrid.kernels.seeds import by_model, register_seeds
+from hybrid.kernels.seeds import register_seeds
 
 CHUNK = 32  # steps a chunk, a power of two
 
@@ -52,18 +52,10 @@ def wkv6_torch(
 
     chunk = min(CHUNK, 1 << (T - 1).bit_length())
     # The padded steps have k = 0 and w = 0: they leave the state as it is.
-    r, k, v, w = (_to_chunks(x, chunk) for x in (r, k, v, w))
+    r, k, v, w = (to_chunks(x, chunk) for x in (r, k, v, w))
     # One set of bonuses for the whole batch; stacked models (vmap) have several.
     o, state, _ = _forward(r, k, v, w, u[None], initial_state, output_final_state)
     return o.flatten(2, 3)[:, :, :T].transpose(1, 2), state if output_final_state else None
-
-
-def _to_chunks(x: Tensor, chunk: int) -> Tensor:
-    """[B,T,H,D] -> [B,H,N,C,D], padded with zeros at the end."""
-    x = x.transpose(1, 2)
-    if pad := -x.shape[2] % chunk:
-        x = F.pad(x, (0, 0, 0, pad))
-    return x.unflatten(2, (-1, chunk)).contiguous()
 
 
 def _single_step(
@@ -140,8 +132,7 @@ def _forward(
 
     r, k, w are [B,H,N,C,K], v [B,H,N,C,V], u [models,H,K], all in one dtype. What is not needed is empty.
     """
-    B, H, N, C, K = r.shape
-    V = v.shape[-1]
+    B, _, N, C, _ = r.shape
     r, k, v, w = (x.contiguous() for x in (r, k, v, w))
     o = (r * _of_sequences(u, B) * k).sum(-1, keepdim=True) * v
     decays = _Decays(w)
@@ -154,10 +145,7 @@ def _forward(
     if initial_state is not None or N > 1 or final:
         gained = (k * decays.after.exp2()).mT @ v  # [B,H,N,K,V]
         kept = decays.whole.exp2().mT  # [B,H,N,K,1]
-        borders = v.new_empty(B, H, N + 1, K, V)
-        borders[:, :, 0] = 0 if initial_state is None else initial_state
-        for n in range(N):
-            torch.addcmul(gained[:, :, n], kept[:, :, n], borders[:, :, n], out=borders[:, :, n + 1])
+        borders = carry_forth(gained, kept, initial_state)
         o += (r * decays.before.exp2()) @ borders[:, :, :-1]
         state = borders[:, :, -1].clone() if final else state
     return o, state, borders
@@ -177,7 +165,7 @@ def _backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, borders: Tensor, do: Tensor, dfinal: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, k, v, w, of u for every sequence [B,H,K], and of the initial state [B,H,K,V]."""
-    B, _, N, C, _ = r.shape
+    B, _, _, C, _ = r.shape
     u = _of_sequences(u, B)
     with torch.autocast(r.device.type, enabled=False):
         r, k, v, w, do = (x.contiguous() for x in (r, k, v, w, do))
@@ -198,12 +186,7 @@ def _backward(
             dr.addcmul_(dread, before)
             dbefore = dread.mul_(read)
             dleft = read.mT @ do  # of the states that chunks begin with; below, of those that they end with
-            dstate = torch.zeros_like(dleft[:, :, 0]) if dfinal is None else dfinal
-            for n in reversed(range(N)):
-                dborder = torch.addcmul(dleft[:, :, n], kept[:, :, n], dstate)
-                dleft[:, :, n] = dstate
-                dstate = dborder
-            dinitial = dstate
+            dinitial = carry_back(dleft, kept, dfinal)
             gain = k * after
             dgain = v @ dleft.mT
             dk.addcmul_(dgain, after)
@@ -239,21 +222,6 @@ def _(r, k, v, w, u, borders, do, dfinal):
     return *(x.new_empty(x.shape) for x in (r, k, v, w)), u.new_empty(B, H, K), dinitial
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, final = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.initial, ctx.final = initial_state is not None, final
-
-
-def _autograd(ctx, do, dfinal, _dborders):
-    inputs = ctx.saved_tensors
-    dfinal = dfinal if ctx.final else None  # a compiled graph gives one of an empty state too
-    do = torch.zeros_like(inputs[2]) if do is None else do
-    dr, dk, dv, dw, du, dinitial = _backward(*inputs, do, dfinal)
-    return dr, dk, dv, dw, by_model(du, inputs[4].shape[0], own=2), dinitial if ctx.initial else None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(_forward, _backward)
 register_seeds(_forward)
 register_seeds(_backward)

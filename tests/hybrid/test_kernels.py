@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from hybrid import kernels
-from hybrid.device import serving_kernels
-from hybrid.run import slow_kernels
-from tests.hybrid.configs import config
 from tests.hybrid.recurrences import ssd_reference, wkv6_of_raw_decays, wkv6_reference
 
 # Largest relative error ||a - b|| / ||b||. CPU: float32 arithmetic. CUDA: Triton multiplies float32 in TF32 (about
@@ -215,47 +207,6 @@ def test_what_strong_decays_leave_of_gradients_has_its_digits() -> None:
     assert wanted.any() and relative_error(found, wanted) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("op", "steps", "asked", "overrides", "serving"),
-    [
-        ("wkv6", 64, "triton+fla", [], "triton"),
-        ("wkv6", 20_000, "triton+fla", [], "fla"),
-        ("wkv6", 64, "triton+fla", ["model.rwkv.num_heads=1", "model.rwkv.expand_v=2"], "fla"),
-        # An error where it is called, if it ever is.
-        ("wkv6", 64, "triton", ["model.rwkv.num_heads=1", "model.rwkv.expand_v=2"], "triton"),
-        ("wkv6", 20_000, "triton", [], "triton"),
-        ("wkv6", 64, "torch", [], "torch"),
-        ("ssd", 64, "triton+mamba_ssm", [], "triton"),
-        ("ssd", 20_000, "triton+mamba_ssm", [], "mamba_ssm"),
-        ("ssd", 64, "triton+mamba_ssm", ["model.mamba.state_size=1024"], "mamba_ssm"),
-    ],
-)
-def test_what_is_recorded_is_what_serves(
-    op: str, steps: int, asked: str, overrides: list[str], serving: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for package in ("triton", "fla", "mamba_ssm"):
-        monkeypatch.setitem(kernels._INSTALLED, package, True)
-    cfg = config("trainer.device=cuda", "trainer.dtype=float32", "kernels=torch", *overrides)
-    cfg.data.seq_len = steps
-    setattr(cfg.kernels, op, asked)
-    assert serving_kernels(cfg)[op] == serving
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["trainer.device=cuda", "kernels=torch"], "kernels.ssd=torch and kernels.wkv6=torch"),
-        (["trainer.device=cuda", "kernels=torch", "model=mamba2"], "kernels.ssd=torch"),
-        (["trainer.device=cuda", "kernels=torch", "model=transformer"], None),
-        (["trainer.device=cuda", "kernels.ssd=triton", "model=mamba2"], None),
-        (["trainer.device=cpu", "kernels=torch"], None),
-    ],
-)
-def test_plain_pytorch_on_a_gpu_is_called_slow(overrides: list[str], said: str | None) -> None:
-    message = slow_kernels(config(*overrides))
-    assert message == (None if said is None else f"slow: plain PyTorch computes the recurrence on the GPU ({said})")
-
-
 def test_log_decays_of_low_precision_are_float32() -> None:
     x = torch.tensor([-3.0, 0.3, 3.0], dtype=torch.bfloat16)
     torch.testing.assert_close(kernels.log_decay(x), -x.double().exp().float(), rtol=1e-6, atol=0)
@@ -299,120 +250,6 @@ def test_pieces_equal_whole(op: str) -> None:
         start += length
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("op", ["wkv6", "ssd", "conv"])
-def test_plain_operators_keep_their_promises(op: str) -> None:
-    """PyTorch's own check of schemas and of shapes without data, which compilation relies on."""
-    module = importlib.import_module(f"hybrid.kernels.{op}")
-    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(8))  # noqa: E731
-    shapes = {
-        "wkv6": [(2, 2, 3, 8, 6)] * 2 + [(2, 2, 3, 8, 5), (2, 2, 3, 8, 6), (1, 2, 6)],
-        "ssd": [(2, 4, 3, 8, 6), (2, 4, 3, 8), (2, 2, 3, 8, 5), (2, 2, 3, 8, 5)],
-        "conv": [(2, 9, 6), (1, 6, 4), (1, 6)],
-    }[op]
-    inputs = [draw(*shape) for shape in shapes]
-    if op == "conv":
-        calls = [(*inputs, 9), (*inputs, 6)]
-    else:
-        decays = 3 if op == "wkv6" else 1
-        inputs[decays] = -inputs[decays].abs().to(torch.float32 if op == "wkv6" else torch.float64)
-        state = draw(2, 2, 6, 5) if op == "wkv6" else draw(2, 4, 6, 5)
-        one = [x[:, :, :1].contiguous() if x.dim() > 3 else x for x in inputs]
-        calls = [(*inputs, state, True), (*inputs, None, False), (*one, None, False)]
-    for call in calls:
-        leaves = [x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in call]
-        torch.library.opcheck(module._forward, leaves)
-        results = module._forward(*call)
-        backward = [*inputs[:2], draw(*results.shape)] if op == "conv" else [*call[: len(inputs)], results[2]]
-        if op != "conv":
-            backward += [draw(*results[0].shape), results[1] if call[-1] else None]
-        torch.library.opcheck(module._backward, backward, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_wrong_shapes_and_backends_are_named() -> None:
-    r = torch.zeros(1, 4, 2, 8)
-    with pytest.raises(ValueError, match=r"u \[2, 9\]"):
-        kernels.wkv6(r, r, r, r, torch.zeros(2, 9))
-    x, B = torch.zeros(1, 4, 3, 8), torch.zeros(1, 4, 2, 8)
-    with pytest.raises(ValueError, match="G dividing H"):
-        kernels.ssd(x, torch.ones(1, 4, 3), -torch.ones(3), B, B)
-    with pytest.raises(kernels.BackendError, match="need a CUDA device"):
-        kernels.wkv6(r, r, r, r, torch.zeros(2, 8), backend="fla")
-    with pytest.raises(kernels.BackendError, match="torch, triton, mamba_ssm and triton\\+mamba_ssm, not 'fla'"):
-        kernels.ssd(x, torch.ones(1, 4, 3), -torch.ones(3), x, x, backend="fla")
-
-
-@pytest.mark.parametrize("T", [1, 5])
-def test_no_final_state_unless_asked_for(T: int) -> None:
-    generator = torch.Generator().manual_seed(2)
-    case = wkv6_inputs((1, T, 2, 8, 8, (-1.0, -0.1), True), generator)
-    assert kernels.wkv6(**case, output_final_state=False)[1] is None
-    case = ssd_inputs((1, T, 2, 8, 1, 8, (0.001, 0.1), (1, 16), True, True), generator)
-    assert kernels.ssd(**case, output_final_state=False)[1] is None
-
-
-def test_no_step_is_refused() -> None:
-    generator = torch.Generator().manual_seed(2)
-    with pytest.raises(ValueError, match="at least one step"):
-        kernels.wkv6(**wkv6_inputs((1, 0, 2, 8, 8, (-1.0, -0.1), False), generator))
-    with pytest.raises(ValueError, match="at least one step"):
-        kernels.ssd(**ssd_inputs((1, 0, 2, 8, 1, 8, (0.001, 0.1), (1, 16), True, False), generator))
-
-
-def test_which_backend_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``auto`` means, and who serves short and long calls; the record holds the name for both."""
-    for op, chunked in (("wkv6", "fla"), ("ssd", "mamba_ssm")):
-        for installed, name, short, long in (
-            ({"triton", chunked}, f"triton+{chunked}", "triton", chunked),
-            ({"triton"}, "triton", "triton", "triton"),
-            ({chunked}, chunked, chunked, chunked),
-            (set(), "torch", "torch", "torch"),
-        ):
-            monkeypatch.setattr(kernels, "_INSTALLED", {n: n in installed for n in ("triton", "fla", "mamba_ssm")})
-            assert kernels.resolve_backend(op, "auto", "cuda") == name
-            assert kernels.resolve_backend(op, name, "cuda") == name  # what was recorded can be asked for again
-            limit = kernels.LONGEST[op]
-            assert kernels.serving_backend(op, "auto", "cuda", limit) == short
-            assert kernels.serving_backend(op, "auto", "cuda", limit + 1) == long
-            assert kernels.serving_backend(op, "auto", "cpu", 1) == "torch"
-            if name != "triton":
-                assert kernels.serving_backend(op, "auto", "cuda", 1, fits=False) == long
-        monkeypatch.setitem(kernels._INSTALLED, "triton", True)
-        with pytest.raises(kernels.BackendError, match=f"the {chunked} kernels of {op} are not installed"):
-            kernels.resolve_backend(op, f"triton+{chunked}", "cuda")
-
-
-def test_compiled_graphs_are_those_of_the_present_operators(tmp_path: Path) -> None:
-    """A cached graph, also one compiled in another thread, is not found again when an operator in it has changed."""
-    program = """
-import sys, threading, torch
-from pathlib import Path
-from hybrid.kernels.operators import operator
-@operator("rows", Path(sys.argv[2]))
-def rows(x: torch.Tensor) -> torch.Tensor:
-    return x.new_ones(int(sys.argv[1]), 3)
-@rows.register_fake
-def _(x):
-    return x.new_empty(int(sys.argv[1]), 3)
-def compiled():
-    print(torch.compile(lambda x: rows(x).sum())(torch.ones(2)).item())
-compiled()
-torch.compiler.reset()
-thread = threading.Thread(target=compiled)
-thread.start(), thread.join()
-"""
-    operators = tmp_path / "operators"
-    operators.mkdir()
-
-    def compiled(rows: int) -> str:
-        (operators / "rows.py").write_text(f"ROWS = {rows}\n")
-        command = [sys.executable, "-c", program, str(rows), str(operators)]
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-
-    assert compiled(2) == "6.0\n6.0\n"
-    assert compiled(4) == "12.0\n12.0\n"
 
 
 @pytest.mark.parametrize(
